@@ -1,0 +1,150 @@
+"""The demo from end to end: quantize, score, train a side network, save it, score it again in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
+
+from .. import SideTuningConfig, recipes  # type: ignore[attr-defined]
+from ..loss import supervised_loss
+from .evaluate import Score, load_base, score
+from .gsm8k import RightPadding, encode, read_rows
+from .smollm2 import prepare_checkpoint
+
+
+@dataclass
+class DemoResult:
+    """What the demo prints.
+
+    Attributes:
+        before: Score of the quantized base.
+        after: Score of base and adapter, from a fresh process.
+        train_seconds: Time of the training loop.
+        total_seconds: Time of everything.
+        peak_memory: Bytes; of the GPU if there is one, else resident memory of the training process.
+        adapter_bytes: Size of `adapter_model.safetensors`.
+        trained_parameters: Number of trained parameters.
+        adapter: Folder of the adapter.
+    """
+
+    before: Score
+    after: Score
+    train_seconds: float
+    total_seconds: float
+    peak_memory: int
+    adapter_bytes: int
+    trained_parameters: int
+    adapter: Path
+
+
+class _SupervisedTrainer(Trainer):  # type: ignore[misc]
+    """`transformers.Trainer` with the loss over supervised positions only."""
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        return supervised_loss(self.accelerator.unwrap_model(model), **inputs, num_items=num_items_in_batch)
+
+
+def run_demo(output_dir: Path, seed: int | None = None) -> DemoResult:
+    """Train and evaluate as the recipe `demo` says.
+
+    Args:
+        output_dir: Receives `base/` (kept for the next run) and `adapter/` (replaced when the new one is complete).
+        seed: Instead of the recipe's.
+
+    Returns:
+        The figures.
+
+    Raises:
+        FileNotFoundError: when the model's package is not installed, with the command that installs it.
+        RuntimeError: when the fresh process fails, with its output.
+    """
+    started = time.perf_counter()
+    recipe = recipes.load("demo")
+    seed = recipe["seed"] if seed is None else seed
+    set_seed(seed)
+    base_folder = prepare_checkpoint(output_dir / "base")
+
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    base = load_base(str(base_folder), recipe["quantization"])
+    before = score(base, tokenizer, recipe, "Evaluating the 4-bit base")
+
+    model = get_peft_model(base, SideTuningConfig(task_type="CAUSAL_LM", **recipe["qst"]))
+    train_seconds = _train(model, tokenizer, recipe, seed)
+    adapter_folder = _save(model, output_dir / "adapter")
+    return DemoResult(
+        before=before,
+        after=_score_in_fresh_process(base_folder, adapter_folder),
+        train_seconds=train_seconds,
+        total_seconds=time.perf_counter() - started,
+        peak_memory=_peak_memory(),
+        adapter_bytes=(adapter_folder / "adapter_model.safetensors").stat().st_size,
+        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        adapter=adapter_folder,
+    )
+
+
+def _train(model: nn.Module, tokenizer: Any, recipe: dict[str, Any], seed: int) -> float:
+    rows = read_rows("train", recipe["data"]["train_rows"])
+    trainer = _SupervisedTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=os.devnull,
+            save_strategy="no",
+            report_to="none",
+            logging_steps=10,
+            train_sampling_strategy="group_by_length",
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            seed=seed,
+            **recipe["training"],
+        ),
+        train_dataset=[encode(tokenizer, row, recipe["data"]["max_length"]) for row in rows],
+        data_collator=RightPadding(tokenizer.pad_token_id),
+    )
+    started = time.perf_counter()
+    trainer.train()
+    return time.perf_counter() - started
+
+
+def _save(model: Any, folder: Path) -> Path:
+    folder = folder.absolute()
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    model.save_pretrained(unfinished)
+    if folder.exists():
+        shutil.rmtree(folder)
+    unfinished.rename(folder)
+    return folder
+
+
+def _score_in_fresh_process(base: Path, adapter: Path) -> Score:
+    command = [sys.executable, "-m", "qtuning_peft.demo.evaluate", "--base", str(base), "--adapter", str(adapter)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        raise RuntimeError(f"The fresh process could not evaluate the adapter:\n{finished.stderr}")
+    return Score(**json.loads(finished.stdout.splitlines()[-1]))
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else resident * 1024  # Linux counts in KiB

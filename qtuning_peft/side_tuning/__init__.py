@@ -1,0 +1,6 @@
+"""Quantized Side Tuning (QST, ACL 2024): a small trained network beside a frozen, quantized base."""
+
+from .config import SideTuningConfig
+from .model import SideTuningModel
+
+__all__ = ["SideTuningConfig", "SideTuningModel"]

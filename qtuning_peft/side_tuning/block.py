@@ -1,0 +1,171 @@
+"""One block of the side network: a pre-norm transformer block, r times narrower than the base's.
+
+    y = x + attention(norm(x))        g = y + mlp(norm(y))        (QST, ACL 2024, section 3.1: "a lightweight f")
+
+Masks, positions and packing are those that the base gave its own block. Attention runs through the base's attention
+implementation, never the eager one: with narrow heads, attention maps would be most of the memory of training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .decoder import DecoderSpec
+
+
+@dataclass
+class BlockInputs:
+    """What the base hands to each of its blocks, beside the hidden states.
+
+    Attributes:
+        attention_mask: As the base's attention implementation wants it, or `None` for plain causal attention.
+        rotary: Cosine and sine from `narrow_rotary`, where the base has rotary positions.
+        cache: The key-value cache, whose layer `cache_layer` belongs to this side block.
+        extra: Further arguments of the attention implementation, such as the boundaries of packed sequences.
+    """
+
+    attention_mask: Any = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    cache: Cache | None = None
+    cache_layer: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def make_norm(spec: DecoderSpec, width: int) -> nn.Module:
+    """A norm of the base's kind: LayerNorm where the base centers, RMSNorm where it does not."""
+    kind = nn.LayerNorm if spec.centered_norm else nn.RMSNorm
+    return kind(width, eps=spec.norm_eps, dtype=torch.float32)
+
+
+def default_num_heads(width: int) -> int:
+    """The most heads that divide `width` into even sizes of at least 64; 1 if there are none."""
+    return next((heads for heads in range(width // 64, 1, -1) if width % heads == 0 and (width // heads) % 2 == 0), 1)
+
+
+def narrow_rotary(cos: Tensor, sin: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """The base's rotary positions for narrower heads.
+
+    A head of size n takes n/2 evenly spaced ones of the base's frequencies: the very frequencies theta^(-2k/n) that a
+    model with such heads would have, with whatever scaling the base applies.
+
+    Args:
+        cos, sin: (1 or batch, length, rotary size), the frequencies twice.
+        head_dim: Head size n.
+
+    Returns:
+        Cosine and sine, each (1 or batch, 1, length, n/2 or, if that is less, the number of frequencies).
+    """
+    frequencies = cos.shape[-1] // 2
+    half = min(head_dim // 2, frequencies)
+    index = torch.arange(half, device=cos.device) * frequencies // half
+    return cos[..., index].unsqueeze(1), sin[..., index].unsqueeze(1)
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs of channels by their position; channels beyond the pairs are left alone.
+
+    Args:
+        states: (batch, heads, length, head size).
+        cos, sin: (1 or batch, 1, length, pairs).
+    """
+    half = cos.shape[-1]
+    cos, sin = cos.to(states.dtype), sin.to(states.dtype)
+    first, second, rest = states.split([half, half, states.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+class SideAttention(nn.Module):
+    """Causal self-attention of the side network.
+
+    Args:
+        spec: The base's dimensions.
+        width: Width d/r of the side network.
+        num_heads: Number of heads; keys and values have as many.
+    """
+
+    is_causal = True
+    num_key_value_groups = 1
+
+    def __init__(self, spec: DecoderSpec, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.config = spec.config
+        self.num_heads = num_heads
+        self.head_dim = width // num_heads
+        self.scaling = self.head_dim**-0.5
+        self.qkv_proj = nn.Linear(width, 3 * width, bias=spec.centered_norm, dtype=torch.float32)
+        self.o_proj = nn.Linear(width, width, bias=spec.centered_norm, dtype=torch.float32)
+
+    def forward(self, hidden_states: Tensor, inputs: BlockInputs) -> Tensor:
+        """Attend; `hidden_states` and the result are (batch, length, d/r)."""
+        batch, length, width = hidden_states.shape
+        qkv = self.qkv_proj(hidden_states).view(batch, length, 3, self.num_heads, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, length, head size)
+        if inputs.rotary is not None:
+            query, key = rotate(query, *inputs.rotary), rotate(key, *inputs.rotary)
+        if inputs.cache is not None:
+            key, value = inputs.cache.update(key, value, inputs.cache_layer)
+
+        mask = inputs.attention_mask
+        if isinstance(mask, Tensor) and mask.is_floating_point():
+            mask = mask.to(query.dtype)
+        implementation = self.config._attn_implementation
+        if implementation not in ALL_ATTENTION_FUNCTIONS:
+            implementation = "sdpa"
+        # SDPA kernels want the keys' dtype everywhere; a cache may hold another one than autocast computes in.
+        key, value = key.to(query.dtype), value.to(query.dtype)
+        attend = ALL_ATTENTION_FUNCTIONS[implementation]
+        output, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=self.scaling, **inputs.extra)
+        return self.o_proj(output.reshape(batch, length, width))
+
+
+class SideMLP(nn.Module):
+    """MLP of the side network, gated where the base's is."""
+
+    def __init__(self, spec: DecoderSpec, width: int, r: int) -> None:
+        super().__init__()
+        inner = max(1, spec.intermediate_size // r)
+        self.gated = spec.gated_mlp
+        up = 2 * inner if self.gated else inner
+        self.up_proj = nn.Linear(width, up, bias=spec.centered_norm, dtype=torch.float32)
+        self.down_proj = nn.Linear(inner, width, bias=spec.centered_norm, dtype=torch.float32)
+        self.activation = ACT2FN[spec.activation]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map (batch, length, d/r) to the same shape."""
+        inner = self.up_proj(hidden_states)
+        if self.gated:
+            gate, up = inner.chunk(2, dim=-1)
+            return self.down_proj(self.activation(gate) * up)
+        return self.down_proj(self.activation(inner))
+
+
+class SideBlock(nn.Module):
+    """Pre-norm transformer block of the side network.
+
+    Args:
+        spec: The base's dimensions.
+        width: Width d/r.
+        r: Reduction factor, for the MLP's inner width.
+        num_heads: Attention heads.
+        dropout: Dropout probability on both branches' outputs.
+    """
+
+    def __init__(self, spec: DecoderSpec, width: int, r: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(spec, width)
+        self.attention = SideAttention(spec, width, num_heads)
+        self.mlp_norm = make_norm(spec, width)
+        self.mlp = SideMLP(spec, width, r)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden_states: Tensor, inputs: BlockInputs) -> Tensor:
+        """One block; `hidden_states` and the result are (batch, length, d/r)."""
+        hidden_states = hidden_states + self.dropout(self.attention(self.attention_norm(hidden_states), inputs))
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))

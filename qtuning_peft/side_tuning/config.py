@@ -1,0 +1,161 @@
+"""What a side network is made of, as PEFT stores it in ``adapter_config.json``.
+
+Quantized Side Tuning (Zhang et al., ACL 2024, arXiv 2401.07159), section 3, with d the hidden size of the base,
+r the reduction factor and f_i, g_i the i-th block of the base and of the side network:
+
+    x_i = (1 - beta_i) * down_i(h_fi) + beta_i * h_g(i-1)      h_gi = g_i(x_i)          (width d / r)
+    h   = alpha * h_fN + (1 - alpha) * up(h_gN)                                         (width d)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft import PeftConfig
+
+from .._register import QST
+
+DOWNSAMPLES = ("adapter", "lora", "linear", "maxpool", "avgpool")
+MIXINGS = ("residual", "paper", "reference")
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class SideTuningConfig(PeftConfig):
+    """Configuration of [`SideTuningModel`], Quantized Side Tuning.
+
+    Args:
+        r (`int`):
+            Reduction factor: the side network is the base's hidden size divided by `r` wide. It must divide the
+            hidden size. Smaller learns more and costs more.
+        downsample (`str`):
+            How a hidden state of the base enters the side network: `"linear"` (d to d/r), `"lora"` (d to
+            `downsample_rank` to d/r), `"adapter"` (the same with a SiLU in between), `"maxpool"` or `"avgpool"`
+            (over groups of r channels; nothing to learn, and nothing d wide is held for backward).
+        downsample_rank (`int`):
+            Inner width of `"adapter"` and `"lora"`.
+        downsample_norm (`bool`):
+            Normalize every down-sampled hidden state. The authors' code does, the paper does not say so.
+        num_side_heads (`int`, *optional*):
+            Attention heads of a side block. By default heads of size 64 where the side width allows it.
+        layers_to_transform (`list[int]` or `int`, *optional*):
+            Indices of the base blocks that are tapped, each by a side block of its own. By default all of them.
+        side_dropout (`float`):
+            Dropout on the output of the side blocks' attention and MLP.
+        mixing (`str`):
+            Parametrisation of the gates. `"residual"`: vector input gates that start at one half; the output is
+            the base's plus an up-projection that starts at zero, so that training starts exactly at the base.
+            `"paper"`: scalar gates as published. `"reference"`: vector gates as the authors' code computes them.
+        compute_dtype (`str`):
+            Autocast dtype of the side network: `"auto"` (that of the base's hidden states), `"float32"`,
+            `"bfloat16"` or `"float16"`. The weights themselves are always kept and trained in float32.
+        target_modules (`list[str]`, *optional*):
+            Filled in with the path of the base's final norm, where the side network attaches.
+        modules_to_save (`list[str]`, *optional*):
+            Further modules to train and save, such as a classification head. They must lie behind the final norm:
+            no gradient ever reaches the base.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
+            Present because trainers read it; must stay `None`, the embeddings are part of the frozen base.
+        base_hidden_size (`int`, *optional*), base_num_layers (`int`, *optional*):
+            Filled in from the base; an adapter is refused on a base of other dimensions.
+
+    Raises:
+        ValueError: when a value is out of its range or contradicts another, naming the field.
+    """
+
+    r: int = field(
+        default=8,
+        metadata={"help": "Reduction factor: the side network is hidden_size / r wide. It must divide the hidden size."},
+    )
+    downsample: str = field(
+        default="linear",
+        metadata={
+            "help": "How a hidden state of the base enters the side network: linear, lora, adapter (learned), "
+            "maxpool or avgpool (nothing to learn, least memory)."
+        },
+    )
+    downsample_rank: int = field(
+        default=16, metadata={"help": "Inner width of the adapter and lora down-samplers."}
+    )
+    downsample_norm: bool = field(
+        default=True, metadata={"help": "Normalize every down-sampled hidden state, as the authors' code does."}
+    )
+    num_side_heads: int | None = field(
+        default=None,
+        metadata={"help": "Attention heads of a side block. Default: heads of size 64 where the width allows it."},
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None,
+        metadata={"help": "Indices of the base blocks that are tapped, each by its own side block. Default: all."},
+    )
+    side_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout on the output of the side blocks' attention and MLP."}
+    )
+    mixing: str = field(
+        default="residual",
+        metadata={
+            "help": "Parametrisation of the gates: residual (starts exactly at the base), paper (scalar gates, as "
+            "published) or reference (vector gates, as the authors' code computes them)."
+        },
+    )
+    compute_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Autocast dtype of the side network: auto (that of the base's hidden states), float32, bfloat16 "
+            "or float16. Weights are always kept in float32."
+        },
+    )
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Filled in with the path of the base's final norm. Leave it unset."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Further modules to train and save, such as a classification head behind the final norm."},
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Must stay unset: the embeddings are part of the frozen base."}
+    )
+    base_hidden_size: int | None = field(
+        default=None, metadata={"help": "Filled in: hidden size of the base the adapter belongs to."}
+    )
+    base_num_layers: int | None = field(
+        default=None, metadata={"help": "Filled in: number of blocks of the base the adapter belongs to."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = QST
+        self._check_integer("r", minimum=2)
+        self._check_integer("downsample_rank", minimum=1)
+        if self.num_side_heads is not None:
+            self._check_integer("num_side_heads", minimum=1)
+        self._check_choice("downsample", DOWNSAMPLES)
+        self._check_choice("mixing", MIXINGS)
+        self._check_choice("compute_dtype", COMPUTE_DTYPES)
+        if not isinstance(self.side_dropout, (int, float)) or not 0.0 <= self.side_dropout < 1.0:
+            raise ValueError(f"side_dropout is {self.side_dropout!r}; give a probability from 0 up to, not including, 1.")
+        if isinstance(self.layers_to_transform, int):
+            self.layers_to_transform = [self.layers_to_transform]
+        if self.layers_to_transform is not None:
+            self._check_layers(self.layers_to_transform)
+        if self.trainable_token_indices is not None:
+            raise ValueError(
+                f"trainable_token_indices is {self.trainable_token_indices!r}, but the embeddings belong to the base, "
+                "which no gradient reaches; leave it unset."
+            )
+
+    def _check_integer(self, name: str, minimum: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ValueError(f"{name} is {value!r}; give an integer of at least {minimum}.")
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
+
+    @staticmethod
+    def _check_layers(layers: list[int]) -> None:
+        integers = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in layers)
+        if not layers or not integers or len(set(layers)) != len(layers):
+            raise ValueError(f"layers_to_transform is {layers!r}; give distinct block indices counted from 0.")

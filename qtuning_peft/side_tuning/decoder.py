@@ -1,0 +1,148 @@
+"""Where in a base model the side network attaches, found from the module tree.
+
+The *decoder* is the module that owns the list of transformer blocks; the *final norm* is its norm behind that list.
+Hidden states are tapped at the embeddings and behind every block, and the final norm's output is replaced by the
+mixture, so that every head and every fused loss downstream works on the mixture unchanged (QST, section 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
+
+ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """The parts of the base that a side network is built from.
+
+    Attributes:
+        decoder: The module that owns the block list.
+        blocks: The transformer blocks.
+        norm_path: Path of the final norm in the whole model.
+        config: The (text) configuration of the base.
+        hidden_size: Width d of the hidden states.
+        intermediate_size: Width of the base's MLP.
+        activation: Name of the MLP's activation, a key of `transformers.activations.ACT2FN`.
+        gated_mlp: Whether the MLP multiplies by a gate.
+        centered_norm: Whether the norm subtracts the mean and has a bias (LayerNorm), or not (RMSNorm).
+        norm_eps: The norm's epsilon.
+        rotary: Whether the base has rotary positions.
+    """
+
+    decoder: nn.Module
+    blocks: nn.ModuleList
+    norm_path: str
+    config: PretrainedConfig
+    hidden_size: int
+    intermediate_size: int
+    activation: str
+    gated_mlp: bool
+    centered_norm: bool
+    norm_eps: float
+    rotary: bool
+
+
+def find_decoder(model: nn.Module) -> DecoderSpec:
+    """Find the decoder of a causal language model, or of a model with another head on one.
+
+    Args:
+        model: A transformers model, possibly with a side network already attached.
+
+    Returns:
+        The decoder and the dimensions that its side network follows.
+
+    Raises:
+        ValueError: in one sentence, when the model is an encoder-decoder, has no block list with a final norm, or
+            is not made of causal attention blocks.
+    """
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ValueError(f"{name} has no transformers config; side tuning needs a transformers causal language model.")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder; side tuning needs a decoder-only language model.")
+    text_config = config.get_text_config(decoder=True)
+
+    seats = [path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    owners = [
+        (path, module, block_list)
+        for path, module in model.named_modules()
+        if not any(path.startswith(f"{seat}.") for seat in seats)
+        for block_list in _block_lists(module)
+    ]
+    if not owners:
+        raise ValueError(f"{name} has no list of transformer blocks; side tuning needs a decoder-only language model.")
+    # A model can own further lists (a vision tower, heads); the language model's has the configured length.
+    depth = getattr(text_config, "num_hidden_layers", None)
+    path, decoder, blocks = max(owners, key=lambda owner: (len(owner[2]) == depth, _size(owner[2])))
+
+    norm_name = _final_norm_name(decoder)
+    if norm_name is None:
+        raise ValueError(
+            f"{name} has no norm behind its {len(blocks)} blocks, so there is no place to mix in the side network; "
+            "use a model with a final norm."
+        )
+    _require_causal_attention(name, text_config, blocks)
+
+    norm = getattr(decoder, norm_name)
+    norm = norm.get_base_layer() if isinstance(norm, BaseTunerLayer) else norm
+    hidden_size = int(text_config.hidden_size)
+    return DecoderSpec(
+        decoder=decoder,
+        blocks=blocks,
+        norm_path=f"{path}.{norm_name}" if path else norm_name,
+        config=text_config,
+        hidden_size=hidden_size,
+        intermediate_size=int(_first(text_config, "intermediate_size", "ffn_dim", "n_inner") or 4 * hidden_size),
+        activation=_activation(text_config),
+        gated_mlp=any("gate" in path for path, _ in blocks[0].named_parameters()),
+        centered_norm=getattr(norm, "bias", None) is not None,
+        norm_eps=float(_first(norm, "variance_epsilon", "eps") or 1e-6),
+        rotary=any(path.endswith("inv_freq") for path, _ in decoder.named_buffers()),
+    )
+
+
+def _block_lists(module: nn.Module) -> list[nn.ModuleList]:
+    return [
+        child
+        for child in module.children()
+        if isinstance(child, nn.ModuleList) and len(child) > 0 and all(_size(block) > 0 for block in child)
+    ]
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _final_norm_name(decoder: nn.Module) -> str | None:
+    """The last registered child that is a norm: some families have one for the embeddings before it."""
+    names = [
+        name
+        for name, child in decoder.named_children()
+        if "norm" in type(child.get_base_layer() if isinstance(child, BaseTunerLayer) else child).__name__.lower()
+    ]
+    return names[-1] if names else None
+
+
+def _require_causal_attention(name: str, config: PretrainedConfig, blocks: nn.ModuleList) -> None:
+    other = set(getattr(config, "layer_types", None) or ()) - ATTENTION_TYPES
+    if other or getattr(config, "num_attention_heads", None) is None:
+        kinds = ", ".join(sorted(other)) or "no attention heads"
+        raise ValueError(f"{name} has blocks without attention ({kinds}); side tuning needs attention in every block.")
+    if any(getattr(module, "is_causal", True) is False for module in blocks[0].modules()):
+        raise ValueError(f"{name} attends in both directions; side tuning needs a causal language model.")
+
+
+def _activation(config: PretrainedConfig) -> str:
+    name = _first(config, "hidden_activation", "hidden_act", "activation_function")
+    return name if isinstance(name, str) and name in ACT2FN else "gelu"
+
+
+def _first(owner: object, *names: str) -> object:
+    return next((value for name in names if (value := getattr(owner, name, None)) is not None), None)

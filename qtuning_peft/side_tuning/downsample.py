@@ -1,0 +1,54 @@
+"""The five down-samplers of QST (ACL 2024, section 3.2 and table 6): a hidden state of the base, r times narrower.
+
+    linear    t = W h                    W: d/r x d
+    lora      t = L2 L1 h                L1: k x d, L2: d/r x k
+    adapter   t = L2 silu(L1 h)
+    maxpool   t_j = max h_(jr) .. h_(jr+r-1)
+    avgpool   t_j = mean h_(jr) .. h_(jr+r-1)
+
+The learned three must hold h, d wide, for their backward pass; the pooled two only hold t.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .config import SideTuningConfig
+
+
+class Pool(nn.Module):
+    """Max or mean over groups of `r` neighbouring channels; has no parameters and needs no gradient."""
+
+    def __init__(self, r: int, kind: str) -> None:
+        super().__init__()
+        self.r = r
+        self.kind = kind
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        groups = hidden_states.unflatten(-1, (-1, self.r))  # (..., d) -> (..., d/r, r)
+        if self.kind == "maxpool":
+            return groups.amax(-1)
+        # The sum in float32; its mean is no more exact than the 16-bit hidden states it is kept like.
+        return groups.mean(-1, dtype=torch.promote_types(groups.dtype, torch.float32)).to(groups.dtype)
+
+
+def make_downsample(config: SideTuningConfig, hidden_size: int) -> nn.Module:
+    """The down-sampler that `config` names.
+
+    Args:
+        config: Its `downsample`, `downsample_rank` and `r` are read.
+        hidden_size: Width d of the base's hidden states.
+
+    Returns:
+        A module from (..., d) to (..., d / r).
+    """
+    width = hidden_size // config.r
+    if config.downsample in ("maxpool", "avgpool"):
+        return Pool(config.r, config.downsample)
+    if config.downsample == "linear":
+        return nn.Linear(hidden_size, width, bias=False, dtype=torch.float32)
+    first = nn.Linear(hidden_size, config.downsample_rank, bias=False, dtype=torch.float32)
+    second = nn.Linear(config.downsample_rank, width, bias=False, dtype=torch.float32)
+    middle = [nn.SiLU()] if config.downsample == "adapter" else []
+    return nn.Sequential(first, *middle, second)

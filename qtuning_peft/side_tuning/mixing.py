@@ -1,0 +1,69 @@
+"""The two gates of QST: how a tap enters the side network, and how the side network's output enters the base.
+
+Input gate of side block i, and output mixture, with t the tap, g the side state, f the final hidden state:
+
+                input gate                                      output
+    residual    x = (1-b) t + b g,  b = sigmoid(c), c = 0_d/r    h = f + up(g),                 up = 0 at the start
+    paper       x = (1-b) t + b g,  b = sigmoid(c), c = 0        h = a f + (1-a) up(g),         a = 1
+    reference   x = (1-b) t + b g,  b = sigmoid(c), c = 0.5_d/r  h = s f + (1-s) up(g),         s = sigmoid(1_d)
+
+`paper` is the publication (ACL 2024, section 3.3): scalar gates, a used as it is. `reference` is the authors' code:
+vector gates, and for LayerNorm families (OPT) the roles of f and up(g) are exchanged. `residual` is ours: `paper`
+gives the side network no gradient at the start (it is scaled by 1-a = 0) and `reference` does not start at the base.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class InputGate(nn.Module):
+    """Blend of a down-sampled hidden state with the state of the side network.
+
+    Args:
+        mixing: `"residual"`, `"paper"` or `"reference"`.
+        width: Width d/r of the side network.
+    """
+
+    def __init__(self, mixing: str, width: int) -> None:
+        super().__init__()
+        size = () if mixing == "paper" else (width,)
+        start = 0.5 if mixing == "reference" else 0.0
+        self.weight = nn.Parameter(torch.full(size, start, dtype=torch.float32))
+
+    def forward(self, tap: Tensor, side: Tensor) -> Tensor:
+        """Blend `tap` and `side`, both (batch, length, d/r)."""
+        return torch.lerp(tap, side, torch.sigmoid(self.weight))
+
+
+class OutputMix(nn.Module):
+    """Up-projection of the side network and its mixture with the base's final hidden state.
+
+    Args:
+        mixing: `"residual"`, `"paper"` or `"reference"`.
+        width: Width d/r of the side network.
+        hidden_size: Width d of the base.
+        swapped: In `"reference"`, whether the gate weighs the side network instead of the base.
+    """
+
+    def __init__(self, mixing: str, width: int, hidden_size: int, swapped: bool) -> None:
+        super().__init__()
+        self.mixing = mixing
+        self.swapped = swapped
+        self.up_proj = nn.Linear(width, hidden_size, dtype=torch.float32)
+        if mixing == "residual":
+            nn.init.zeros_(self.up_proj.weight)
+            nn.init.zeros_(self.up_proj.bias)
+        else:
+            size = () if mixing == "paper" else (hidden_size,)
+            self.weight = nn.Parameter(torch.ones(size, dtype=torch.float32))
+
+    def forward(self, base: Tensor, side: Tensor) -> Tensor:
+        """Mix `base` (batch, length, d) with `side` (batch, length, d/r); the result has the dtype of `base`."""
+        up = self.up_proj(side)  # (batch, length, d)
+        if self.mixing == "residual":
+            return base + up.to(base.dtype)
+        gate = torch.sigmoid(self.weight) if self.mixing == "reference" else self.weight
+        first, second = (up, base) if self.swapped else (base, up)
+        return (gate * first + (1 - gate) * second).to(base.dtype)

