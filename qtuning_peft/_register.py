@@ -21,7 +21,6 @@ def _peft_type() -> PeftType:
         member = str.__new__(PeftType, NAME)
         member._name_ = NAME
         member._value_ = NAME
-        member.__objclass__ = PeftType  # type: ignore[attr-defined]
         PeftType._member_map_[NAME] = member
         PeftType._value2member_map_[NAME] = member
         PeftType._member_names_.append(NAME)
@@ -39,6 +38,4 @@ def register() -> None:
         return
     from .side_tuning import SideTuningConfig, SideTuningModel
 
-    register_peft_method(
-        name=NAME.lower(), config_cls=SideTuningConfig, model_cls=SideTuningModel, prefix=PREFIX
-    )
+    register_peft_method(name=NAME.lower(), config_cls=SideTuningConfig, model_cls=SideTuningModel, prefix=PREFIX)

@@ -53,7 +53,9 @@ def demo(
 def _print_result(result: DemoResult) -> None:
     before, after = result.before, result.after
     table = Table("", "4-bit base", "with side network", "change")
-    table.add_row("held-out loss (nats/token)", f"{before.loss:.3f}", f"{after.loss:.3f}", f"{after.loss - before.loss:+.3f}")
+    table.add_row(
+        "held-out loss (nats/token)", f"{before.loss:.3f}", f"{after.loss:.3f}", f"{after.loss - before.loss:+.3f}"
+    )
     table.add_row("held-out perplexity", f"{before.perplexity:.2f}", f"{after.perplexity:.2f}", "")
     console.print(table)
     console.print(Panel(before.sample.strip(), title="Answer before"))

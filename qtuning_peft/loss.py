@@ -8,8 +8,11 @@ prompts that are only context, logits are most of a step's memory and, on a CPU,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 
 IGNORE_INDEX = -100
@@ -31,10 +34,10 @@ def supervised_loss(
     Returns:
         The loss, a float32 scalar; zero for a batch without supervised tokens.
     """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden_states = model.get_decoder()(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    hidden_states = base.get_decoder()(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
     targets = labels[:, 1:]
     supervised = targets != IGNORE_INDEX
-    logits = model.get_output_embeddings()(hidden_states[:, :-1][supervised])  # (supervised, vocabulary)
+    logits = base.get_output_embeddings()(hidden_states[:, :-1][supervised])  # (supervised, vocabulary)
     total = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
     return total / (num_items if num_items is not None else torch.clamp(supervised.sum(), min=1))

@@ -21,7 +21,9 @@ def path(name: str) -> Path:
     folder = Path(str(files(__name__)))
     file = folder / f"{name}.yaml"
     if not file.is_file():
-        raise ValueError(f"There is no recipe {name!r}; choose one of {', '.join(sorted(f.stem for f in folder.glob('*.yaml')))}.")
+        raise ValueError(
+            f"There is no recipe {name!r}; choose one of {', '.join(sorted(f.stem for f in folder.glob('*.yaml')))}."
+        )
     return file
 
 

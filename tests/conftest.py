@@ -49,7 +49,9 @@ def config_of(family: str, **overrides: object) -> PretrainedConfig:
         "mistral": lambda: MistralConfig(**GROUPED | {"sliding_window": 5} | overrides),
         "qwen3": lambda: Qwen3Config(**GROUPED | {"head_dim": 32} | overrides),
         "qwen3_moe": lambda: Qwen3MoeConfig(
-            **GROUPED | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32} | overrides
+            **GROUPED
+            | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+            | overrides
         ),
         "gemma3": lambda: Gemma3TextConfig(
             **GROUPED

@@ -34,7 +34,9 @@ def test_the_type_is_a_true_member_made_once() -> None:
 def test_importing_the_package_is_enough_in_a_fresh_process(tmp_path: Path) -> None:
     base = tiny()
     base.save_pretrained(tmp_path / "base")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), SideTuningConfig(task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), SideTuningConfig(task_type="CAUSAL_LM")
+    )
     randomize_side_network(model)
     model.save_pretrained(tmp_path / "adapter")
     torch.save(logits(model), tmp_path / "logits.pt")
@@ -48,7 +50,9 @@ def test_importing_the_package_is_enough_in_a_fresh_process(tmp_path: Path) -> N
         "ids = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(2))\n"
         "assert torch.equal(model(ids).logits, torch.load(folder + '/logits.pt'))\n"
     )
-    finished = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    finished = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False
+    )
     assert finished.returncode == 0, finished.stderr
 
 

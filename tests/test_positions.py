@@ -59,7 +59,9 @@ def test_packed_sequences_equal_sequences_alone(family: str) -> None:
 
 def rows() -> list[dict[str, list[int]]]:
     lengths = (5, 9, 7, 12, 6, 11, 8, 10)
-    return [{"input_ids": (ids := token_ids(1, n, seed=n)[0].tolist()), "labels": [-100] * 2 + ids[2:]} for n in lengths]
+    return [
+        {"input_ids": (ids := token_ids(1, n, seed=n)[0].tolist()), "labels": [-100] * 2 + ids[2:]} for n in lengths
+    ]
 
 
 def padded_batch(samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -74,10 +76,9 @@ def padded_batch(samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]
 
 
 def packed_batch(samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    labels = [[-100, *row["labels"][1:]] for row in samples]
     return {
-        "input_ids": torch.tensor([sum((row["input_ids"] for row in samples), [])]),
-        "labels": torch.tensor([sum(labels, [])]),
+        "input_ids": torch.tensor([[token for row in samples for token in row["input_ids"]]]),
+        "labels": torch.tensor([[label for row in samples for label in [-100, *row["labels"][1:]]]]),
         "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in samples])[None],
     }
 

@@ -59,6 +59,7 @@ class RightPadding:
     pad_token_id: int
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        """Batch `rows`: every tensor is (batch, longest length), int64."""
         length = max(len(row["input_ids"]) for row in rows)
 
         def padded(key: str, value: int) -> Tensor:

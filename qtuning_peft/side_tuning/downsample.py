@@ -26,6 +26,7 @@ class Pool(nn.Module):
         self.kind = kind
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """Pool (..., d) to (..., d/r) in the same dtype."""
         groups = hidden_states.unflatten(-1, (-1, self.r))  # (..., d) -> (..., d/r, r)
         if self.kind == "maxpool":
             return groups.amax(-1)

@@ -63,16 +63,19 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("qst_side_network",)
     other_param_names = ()
 
+    base_layer: nn.Module
+    qst_side_network: nn.ModuleDict
+
     def __init__(self, base_layer: nn.Module, spec: DecoderSpec) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.qst_side_network = nn.ModuleDict()
         self._disable_adapters = False
-        self._active_adapter = []
-        self.merged_adapters = []
+        self._active_adapter: list[str] = []
+        self.merged_adapters: list[str] = []
         self._pass: _Pass | None = None
         self._num_base_layers = len(spec.blocks)
-        self._handles = self._install_hooks(spec)
+        self._handles: list[RemovableHandle] = []
         install_key_hooks(self)
 
     def update_layer(self, adapter_name: str, config: SideTuningConfig, spec: DecoderSpec) -> None:
@@ -82,10 +85,9 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
             ValueError: when `config` does not fit the base.
         """
         network = SideNetwork(config, spec)
-        device = next(self.base_layer.parameters(), torch.empty(0)).device
-        on_meta = any(parameter.is_meta for parameter in network.parameters())
         network.train(self.training)
-        self.qst_side_network[adapter_name] = network if on_meta or device.type == "meta" else network.to(device)
+        self.qst_side_network[adapter_name] = network
+        self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -96,10 +98,10 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
             return base
         if current.steps != len(current.network.layers):
             raise RuntimeError(
-                f"{current.steps} of {len(current.network.layers)} tapped blocks ran before the final norm; side tuning "
-                "needs every block to run in every pass, without layer dropping or early exit."
+                f"{current.steps} of {len(current.network.layers)} tapped blocks ran before the final norm; side "
+                "tuning needs every block to run in every pass, without layer dropping or early exit."
             )
-        # Left on: what the decoder does behind its norm (a view, a projection) lies between the side network and the loss.
+        # Left on: what the decoder does behind its norm (a view, a projection) is on the way to the loss.
         torch.set_grad_enabled(current.outer_grad)
         return current.network.finish(base, current.side)
 
@@ -123,15 +125,15 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
 
     # -- the hooks ---------------------------------------------------------------------------------------------------
 
-    def _install_hooks(self, spec: DecoderSpec) -> list[RemovableHandle]:
-        handles = [
+    def attach_to_base(self, spec: DecoderSpec) -> None:
+        """Hook into the decoder and its blocks."""
+        self._handles = [
             spec.decoder.register_forward_pre_hook(self._enter_decoder),
             spec.decoder.register_forward_hook(self._leave_decoder, always_call=True),
             spec.blocks[0].register_forward_pre_hook(self._enter_first_block, with_kwargs=True),
         ]
         for index, block in enumerate(spec.blocks):
-            handles.append(block.register_forward_hook(_BlockHook(self, index), with_kwargs=True))
-        return handles
+            self._handles.append(block.register_forward_hook(_BlockHook(self, index), with_kwargs=True))
 
     def _enter_decoder(self, decoder: nn.Module, args: tuple[Any, ...]) -> None:
         if getattr(decoder, "_is_replica", False):
@@ -211,9 +213,13 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the side network to the base's device; its dtype stays float32 on a 16-bit base."""
-        network = self.qst_side_network[adapter_name] if adapter_name in self.qst_side_network else None
-        if network is not None and not any(parameter.is_meta for parameter in network.parameters()):
-            network.to(device or next(self.base_layer.parameters(), torch.empty(0)).device)
+        if adapter_name in self.qst_side_network:
+            network = self.qst_side_network[adapter_name]
+            if not any(parameter.is_meta for parameter in network.parameters()):
+                network.to(device or self._base_device())
+
+    def _base_device(self) -> torch.device:
+        return next(self.base_layer.parameters(), torch.empty(0)).device
 
 
 class _BlockHook:
@@ -254,8 +260,8 @@ def _narrow_rotary(source: Any, network: SideNetwork) -> tuple[Tensor, Tensor] |
         return None
     if not (isinstance(source, tuple) and len(source) == 2 and source[0].dim() == 3):
         raise NotImplementedError(
-            "The base passes rotary positions in a form other than (cosine, sine) of (batch, length, size); side tuning "
-            "does not support this architecture yet."
+            "The base passes rotary positions in a form other than (cosine, sine) of (batch, length, size); side "
+            "tuning does not support this architecture yet."
         )
     cos, sin = (values.to(network.device) for values in source)
     return narrow_rotary(cos, sin, network.head_dim)

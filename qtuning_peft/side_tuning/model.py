@@ -40,7 +40,7 @@ class SideTuningModel(BaseTuner):
 
     prefix: str = PREFIX
     tuner_layer_cls = SideTuningLayer
-    target_module_mapping: dict[str, Any] = {}
+    target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 (PEFT declares it as an instance variable)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, SideTuningConfig)
@@ -88,20 +88,22 @@ class SideTuningModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, spec)
             return
         layer = SideTuningLayer(target, spec)
-        try:
-            layer.update_layer(adapter_name, peft_config, spec)
-        except ValueError:
-            layer.detach_from_base()
-            raise
+        layer.update_layer(adapter_name, peft_config, spec)
         layer.set_adapter(self.active_adapters)
+        layer.attach_to_base(spec)
         setattr(parent, target_name, layer)
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(MERGE_REFUSAL)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def unload(self) -> nn.Module:
+        """Remove the side networks and their hooks.
+
+        Returns:
+            The base, as it was.
+        """
         layers = [module for module in self.model.modules() if isinstance(module, SideTuningLayer)]
-        base: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+        base = super().unload()
         for layer in layers:
             layer.detach_from_base()
         return base
@@ -125,6 +127,8 @@ class SideTuningModel(BaseTuner):
         prefix = f"{layer_path}.{CONTAINER}.{adapter_name}."
         own_keys = model.state_dict().keys()
         # What belongs to no module at all counts as the adapter's: it is either damaged or of another method.
-        given = {key.removeprefix(prefix): t for key, t in remapped.items() if key.startswith(prefix) or key not in own_keys}
+        given = {
+            key.removeprefix(prefix): t for key, t in remapped.items() if key.startswith(prefix) or key not in own_keys
+        }
         check_adapter(layer.qst_side_network[adapter_name].state_dict(), given)
         return remapped

@@ -24,12 +24,20 @@ from .mixing import InputGate, OutputMix
 
 
 class Tap(nn.Module):
-    """A down-sampler, and the norm behind it: (batch, length, d) to (batch, length, d/r)."""
+    """A down-sampler, and the norm behind it."""
 
     def __init__(self, config: SideTuningConfig, spec: DecoderSpec, width: int) -> None:
         super().__init__()
         self.down = make_downsample(config, spec.hidden_size)
         self.norm = make_norm(spec, width) if config.downsample_norm else nn.Identity()
+
+    def narrow(self, hidden_states: Tensor) -> Tensor:
+        """(batch, length, d) to (batch, length, d/r), not normed yet: all that checkpointing has to hold."""
+        return self.down(hidden_states)
+
+    def normed(self, narrow: Tensor, dtype: torch.dtype) -> Tensor:
+        """Norm of what `narrow` gave, in `dtype`."""
+        return self.norm(narrow.to(dtype))
 
 
 class SideNetwork(nn.Module):
@@ -97,14 +105,16 @@ class SideNetwork(nn.Module):
             return nullcontext()
         device_type = self.device.type
         if device_type == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported():
-            raise ValueError("compute_dtype is bfloat16, which this GPU lacks; set compute_dtype to float16 or float32.")
+            raise ValueError(
+                "compute_dtype is bfloat16, which this GPU lacks; set compute_dtype to float16 or float32."
+            )
         return torch.autocast(device_type, dtype=dtype, enabled=dtype.itemsize == 2)
 
     def start(self, embeddings: Tensor) -> Tensor:
         """Side state from the embeddings: (batch, length, d) to (batch, length, d/r)."""
         with self.autocast(embeddings):
             tap = self.embedding_tap
-            return tap.norm(tap.down(self._received(embeddings)).to(self.dtype))
+            return tap.normed(tap.narrow(self._received(embeddings)), self.dtype)
 
     def step(self, index: int, hidden_states: Tensor, side: Tensor, inputs: BlockInputs) -> Tensor:
         """Run side block `index`.
@@ -119,17 +129,22 @@ class SideNetwork(nn.Module):
             The next state of the side network, (batch, length, d/r).
         """
         with self.autocast(hidden_states):
-            narrow = self.taps[index].down(self._received(hidden_states))
+            narrow = self._tap(index).narrow(self._received(hidden_states))
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 # Replaying would store keys and values twice; who trains with checkpointing does not generate.
                 inputs = replace(inputs, cache=None)
-                # Never the reentrant kind: a pooled tap needs no gradient, which that kind takes for the end of the graph.
+                # Not the reentrant kind: a pooled tap needs no gradient, which it takes for the end of the graph.
                 return checkpoint(self._advance, index, narrow, side, inputs, use_reentrant=False)
             return self._advance(index, narrow, side, inputs)
 
     def _advance(self, index: int, narrow: Tensor, side: Tensor, inputs: BlockInputs) -> Tensor:
-        tap = self.taps[index].norm(narrow.to(self.dtype))
+        tap = self._tap(index).normed(narrow, self.dtype)
         return self.blocks[index](self.gates[index](tap, side), inputs)
+
+    def _tap(self, index: int) -> Tap:
+        tap = self.taps[index]
+        assert isinstance(tap, Tap)
+        return tap
 
     def finish(self, base: Tensor, side: Tensor) -> Tensor:
         """Mix the side state (batch, length, d/r) into the base's normed final state (batch, length, d)."""
@@ -151,7 +166,9 @@ def tapped_layers(config: SideTuningConfig, spec: DecoderSpec) -> list[int]:
     depth = len(spec.blocks)
     if config.layers_to_transform is None:
         return list(range(depth))
-    layers = sorted([config.layers_to_transform] if isinstance(config.layers_to_transform, int) else config.layers_to_transform)
+    layers = sorted(
+        [config.layers_to_transform] if isinstance(config.layers_to_transform, int) else config.layers_to_transform
+    )
     if layers[-1] >= depth:
         raise ValueError(f"layers_to_transform names block {layers[-1]}, but the base has blocks 0 to {depth - 1}.")
     return layers
@@ -181,7 +198,7 @@ def side_heads(config: SideTuningConfig, spec: DecoderSpec, width: int) -> int:
     """Number of attention heads of a side block.
 
     Raises:
-        ValueError: when `num_side_heads` does not divide the side width, or leaves an odd head size with rotary positions.
+        ValueError: when `num_side_heads` does not divide the side width, or leaves odd heads with rotary positions.
     """
     heads = config.num_side_heads or default_num_heads(width)
     if width % heads or (spec.rotary and (width // heads) % 2):

@@ -1,0 +1,107 @@
+"""Any base that runs forward can be tuned: full precision, NF4, 8 bits and GGUF, with the real SmolLM2-135M."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+
+from qtuning_peft import SideTuningConfig
+from qtuning_peft.demo.gsm8k import RightPadding, encode, read_rows
+from qtuning_peft.demo.smollm2 import FILE, gguf_folder
+from qtuning_peft.loss import supervised_loss
+
+pytestmark = pytest.mark.smollm2
+
+
+def full_precision(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def nf4(folder: Path) -> PreTrainedModel:
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
+    assert isinstance(model.model.layers[0].mlp.up_proj, bnb.nn.Linear4bit)
+    return model
+
+
+def int8(folder: Path) -> PreTrainedModel:
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
+    assert isinstance(model.model.layers[0].mlp.up_proj, bnb.nn.Linear8bitLt)
+    return model
+
+
+def gguf(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(gguf_folder(), gguf_file=FILE)
+
+
+@pytest.mark.parametrize("load", [full_precision, nf4, int8, gguf])
+def test_a_side_network_learns_on_the_real_model(
+    load: Callable[[Path], PreTrainedModel], smollm2: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    rows = [encode(tokenizer, row, 160) for row in read_rows("train", 4)]
+    batch = RightPadding(tokenizer.pad_token_id)(rows)
+    base = load(smollm2).eval()
+    with torch.no_grad():
+        expected = base(input_ids=batch["input_ids"]).logits
+    torch.manual_seed(0)
+    model = get_peft_model(base, SideTuningConfig(task_type="CAUSAL_LM")).eval()
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=batch["input_ids"]).logits, expected)
+
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    losses = []
+    for _ in range(8):
+        loss = supervised_loss(model, **batch)
+        losses.append(loss.item())
+        loss.backward()
+        assert all(p.grad is None for name, p in model.named_parameters() if "qst_side_network" not in name)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.1
+
+    model.eval()
+    with torch.no_grad():
+        tuned = model(input_ids=batch["input_ids"]).logits
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=batch["input_ids"]).logits, expected)
+        # Saved last: on some CPUs bitsandbytes re-quantizes a 4-bit base whenever its state dict is taken.
+        model.save_pretrained(tmp_path)
+        del model, base
+        again = PeftModel.from_pretrained(load(smollm2), tmp_path)
+        assert torch.equal(again(input_ids=batch["input_ids"]).logits, tuned)
+
+
+def test_the_size_of_the_default_adapter(smollm2: Path, tmp_path: Path) -> None:
+    model = get_peft_model(full_precision(smollm2), SideTuningConfig(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path)
+    lora_r16_all_linear = 4_884_480 * 4
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size < lora_r16_all_linear
+
+
+def test_cached_generation_equals_uncached_on_the_real_model(smollm2: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    model = get_peft_model(nf4(smollm2), SideTuningConfig(task_type="CAUSAL_LM")).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "up_proj" in name and "mix" in name:
+                torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(0))
+    prompts = tokenizer(["The capital of France is", "2 + 2 ="], return_tensors="pt", padding=True, padding_side="left")
+    texts = [
+        model.generate(**prompts, max_new_tokens=12, do_sample=False, pad_token_id=2, use_cache=cached)
+        for cached in (True, False)
+    ]
+    assert torch.equal(*texts)

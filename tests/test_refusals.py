@@ -1,0 +1,121 @@
+"""What cannot work is refused in one sentence that names the field, the value and the remedy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny, token_ids
+from peft import get_peft_model
+from transformers import (
+    AutoModelForMaskedLM,
+    BertConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from qtuning_peft import SideTuningConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 0}, "r is 0; give an integer of at least 2"),
+        ({"r": 1}, "r is 1;"),
+        ({"r": 2.5}, "r is 2.5;"),
+        ({"r": True}, "r is True;"),
+        ({"r": "8"}, "r is '8';"),
+        ({"downsample": "conv"}, "downsample is 'conv'; choose one of adapter, lora, linear, maxpool, avgpool"),
+        ({"downsample_rank": 0}, "downsample_rank is 0;"),
+        ({"mixing": "lst"}, "mixing is 'lst'; choose one of residual, paper, reference"),
+        ({"compute_dtype": "int8"}, "compute_dtype is 'int8';"),
+        ({"side_dropout": 1.0}, "side_dropout is 1.0;"),
+        ({"side_dropout": float("nan")}, "side_dropout is nan;"),
+        ({"num_side_heads": 0}, "num_side_heads is 0;"),
+        ({"layers_to_transform": []}, r"layers_to_transform is \[\];"),
+        ({"layers_to_transform": [1, 1]}, r"layers_to_transform is \[1, 1\];"),
+        ({"layers_to_transform": [-1]}, r"layers_to_transform is \[-1\];"),
+        ({"layers_to_transform": "all"}, "layers_to_transform is 'all';"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices is .*leave it unset"),
+    ],
+)
+def test_config_values(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refusal:
+        SideTuningConfig(**options)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 7}, "r is 7, .* hidden size of 64; choose one of 2, 4, 8"),
+        ({"r": 64}, "r is 64, .* choose one of 2, 4, 8"),
+        ({"r": 4, "num_side_heads": 3}, "num_side_heads is 3, which does not split the side width of 16"),
+        ({"r": 4, "num_side_heads": 16}, "num_side_heads is 16, .* equal even sizes"),
+        ({"layers_to_transform": [0, 3]}, "layers_to_transform names block 3, but the base has blocks 0 to 2"),
+        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save names embed_tokens, part of the base"),
+    ],
+)
+def test_configurations_that_do_not_fit_the_base(options: dict[str, object], message: str) -> None:
+    base = tiny()
+    expected = base(input_ids=token_ids()).logits
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(base, SideTuningConfig(task_type="CAUSAL_LM", **options))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+    assert torch.equal(base(input_ids=token_ids()).logits, expected)
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 50}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: T5ForConditionalGeneration(T5Config(d_model=32, num_layers=2, num_heads=2, d_ff=64, vocab_size=50)),
+         "T5ForConditionalGeneration is an encoder-decoder"),
+        (lambda: MambaForCausalLM(MambaConfig(**SMALL)), "MambaForCausalLM has blocks without attention"),
+        (lambda: AutoModelForMaskedLM.from_config(BertConfig(**SMALL, num_attention_heads=2, intermediate_size=64)),
+         "BertForMaskedLM has no norm behind its 2 blocks"),
+        (lambda: OPTForCausalLM(OPTConfig(**SMALL, num_attention_heads=2, ffn_dim=64, do_layer_norm_before=False,
+                                          word_embed_proj_dim=32)), "OPTForCausalLM has no norm behind its 2 blocks"),
+        (lambda: torch.nn.Sequential(torch.nn.Linear(4, 4)), "Sequential has no transformers config"),
+    ],
+    ids=["encoder-decoder", "no attention", "encoder", "no final norm", "not a transformer"],
+)  # fmt: skip
+def test_models_without_a_place_for_a_side_network(make: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(make(), SideTuningConfig(r=4))
+
+
+def test_merging() -> None:
+    model = get_peft_model(tiny(), SideTuningConfig(task_type="CAUSAL_LM"))
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(NotImplementedError, match="not a weight delta"):
+            merge()
+    assert model(input_ids=token_ids()).logits.requires_grad
+
+
+def test_two_active_adapters() -> None:
+    model = get_peft_model(tiny(), SideTuningConfig(task_type="CAUSAL_LM"))
+    model.add_adapter("other", SideTuningConfig(task_type="CAUSAL_LM"))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="Adapters default, other are active together"):
+        model(input_ids=token_ids())
+    assert torch.is_grad_enabled()
+
+
+def test_skipped_blocks() -> None:
+    model = get_peft_model(tiny(), SideTuningConfig(task_type="CAUSAL_LM"))
+    model.get_base_model().config.num_hidden_layers = 2
+    with pytest.raises(RuntimeError, match="2 of 3 tapped blocks ran"):
+        model(input_ids=token_ids())
+
+
+def test_replicas_in_threads() -> None:
+    model = get_peft_model(tiny(), SideTuningConfig(task_type="CAUSAL_LM"))
+    model.get_base_model().model._is_replica = True
+    with pytest.raises(RuntimeError, match=r"DataParallel .* launch with 'accelerate launch'"):
+        model(input_ids=token_ids())
