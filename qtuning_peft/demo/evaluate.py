@@ -27,7 +27,7 @@ BATCH_SIZE = 8
 
 @dataclass
 class Score:
-    """Loss in nats per supervised token, its perplexity, and a greedy answer to the first held-out question."""
+    """Loss in nats per supervised token, its perplexity, and a greedy answer to one held-out question."""
 
     loss: float
     perplexity: float
@@ -69,7 +69,9 @@ def score(model: nn.Module, tokenizer: Any, recipe: dict[str, Any], description:
         tokens += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
     loss = total / tokens
 
-    prompt = tokenizer(prompt_of(tokenizer, rows[0]["question"]), add_special_tokens=False, return_tensors="pt")
+    prompt = tokenizer(
+        prompt_of(tokenizer, rows[recipe["sample"]["row"]]["question"]), add_special_tokens=False, return_tensors="pt"
+    )
     prompt = {key: value.to(device) for key, value in prompt.items()}
     generated = model.generate(  # type: ignore[operator]
         **prompt,

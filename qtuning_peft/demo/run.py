@@ -88,7 +88,7 @@ def run_demo(output_dir: Path, seed: int | None = None) -> DemoResult:
     before = score(base, tokenizer, recipe, "Evaluating the 4-bit base")
 
     model = get_peft_model(base, SideTuningConfig(task_type="CAUSAL_LM", **recipe["qst"]))
-    train_seconds = _train(model, tokenizer, recipe, seed)
+    train_seconds = _train(model, tokenizer, recipe, seed, output_dir)
     adapter_folder = _save(model, output_dir / "adapter")
     return DemoResult(
         before=before,
@@ -102,12 +102,12 @@ def run_demo(output_dir: Path, seed: int | None = None) -> DemoResult:
     )
 
 
-def _train(model: nn.Module, tokenizer: Any, recipe: dict[str, Any], seed: int) -> float:
+def _train(model: nn.Module, tokenizer: Any, recipe: dict[str, Any], seed: int, work_dir: Path) -> float:
     rows = read_rows("train", recipe["data"]["train_rows"])
     trainer = _SupervisedTrainer(
         model=model,
         args=TrainingArguments(
-            output_dir=os.devnull,
+            output_dir=str(work_dir),
             save_strategy="no",
             report_to="none",
             logging_steps=10,
