@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from .demo.run import DemoResult
@@ -58,8 +59,13 @@ def _print_result(result: DemoResult) -> None:
     )
     table.add_row("held-out perplexity", f"{before.perplexity:.2f}", f"{after.perplexity:.2f}", "")
     console.print(table)
-    console.print(Panel(before.sample.strip(), title="Answer before"))
-    console.print(Panel(after.sample.strip(), title="Answer after (adapter loaded in a fresh process)"))
+    for title, text in (
+        ("A held-out question", before.question),
+        ("Answer of the 4-bit base", before.answer),
+        ("Answer with the adapter, loaded in a fresh process", after.answer),
+    ):
+        # As plain text: the model's brackets are not markup.
+        console.print(Panel(Text(text), title=title))
     console.print(f"training         {result.train_seconds:.0f} s, everything {result.total_seconds:.0f} s")
     console.print(f"peak memory      {result.peak_memory / 2**20:.0f} MiB")
     console.print(f"trained weights  {result.trained_parameters / 1e6:.2f} million")

@@ -31,7 +31,8 @@ class Score:
 
     loss: float
     perplexity: float
-    sample: str
+    question: str
+    answer: str
 
 
 def load_base(folder: str, quantization: dict[str, Any]) -> nn.Module:
@@ -69,9 +70,8 @@ def score(model: nn.Module, tokenizer: Any, recipe: dict[str, Any], description:
         tokens += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
     loss = total / tokens
 
-    prompt = tokenizer(
-        prompt_of(tokenizer, rows[recipe["sample"]["row"]]["question"]), add_special_tokens=False, return_tensors="pt"
-    )
+    question = rows[recipe["sample"]["row"]]["question"]
+    prompt = tokenizer(prompt_of(tokenizer, question), add_special_tokens=False, return_tensors="pt")
     prompt = {key: value.to(device) for key, value in prompt.items()}
     generated = model.generate(  # type: ignore[operator]
         **prompt,
@@ -79,8 +79,8 @@ def score(model: nn.Module, tokenizer: Any, recipe: dict[str, Any], description:
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
     )
-    sample = tokenizer.decode(generated[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-    return Score(loss, math.exp(loss), sample)
+    answer = tokenizer.decode(generated[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    return Score(loss, math.exp(loss), question, answer.strip())
 
 
 def main() -> None:
