@@ -37,5 +37,7 @@ def register() -> None:
     if QST in PEFT_TYPE_TO_CONFIG_MAPPING:
         return
     from .side_tuning import SideTuningConfig, SideTuningModel
+    from .side_tuning.adapter_files import translate_on_old_peft
 
+    translate_on_old_peft()
     register_peft_method(name=NAME.lower(), config_cls=SideTuningConfig, model_cls=SideTuningModel, prefix=PREFIX)

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -64,7 +65,7 @@ def score(model: nn.Module, tokenizer: Any, recipe: dict[str, Any], description:
     )
     collate = RightPadding(tokenizer.pad_token_id)
     total, tokens = 0.0, 0
-    for start in track(range(0, len(encoded), BATCH_SIZE), description=description):
+    for start in track(range(0, len(encoded), BATCH_SIZE), description=description, console=Console(stderr=True)):
         batch = {key: value.to(device) for key, value in collate(encoded[start : start + BATCH_SIZE]).items()}
         total += supervised_loss(model, **batch, num_items=1).item()
         tokens += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())

@@ -75,7 +75,7 @@ def run_demo(output_dir: Path, seed: int | None = None) -> DemoResult:
 
     Raises:
         FileNotFoundError: when the model's package is not installed, with the command that installs it.
-        RuntimeError: when the fresh process fails, with its output.
+        RuntimeError: when the fresh process fails.
     """
     started = time.perf_counter()
     recipe = recipes.load("demo")
@@ -137,9 +137,9 @@ def _save(model: Any, folder: Path) -> Path:
 
 def _score_in_fresh_process(base: Path, adapter: Path) -> Score:
     command = [sys.executable, "-m", "qtuning_peft.demo.evaluate", "--base", str(base), "--adapter", str(adapter)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if finished.returncode != 0:
-        raise RuntimeError(f"The fresh process could not evaluate the adapter:\n{finished.stderr}")
+        raise RuntimeError(f"The fresh process that evaluates {adapter} failed; its message is above.")
     return Score(**json.loads(finished.stdout.splitlines()[-1]))
 
 

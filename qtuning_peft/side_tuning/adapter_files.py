@@ -1,24 +1,22 @@
 """The tensors of a side adapter on disk: their names on every PEFT version, and checks before any is loaded.
 
 In the model a side network's tensors are called ``<norm>.qst_side_network.<adapter name>.<tensor>``; in
-``adapter_model.safetensors`` the adapter name is left out. PEFT from 0.21 asks the tuner for that translation
-(`SideTuningModel._remove_adapter_name_from_key`). Before, its generic code takes an adapter name out only where it is
-the last segment but one, so there the model's state dict shows it in that place while PEFT saves.
+``adapter_model.safetensors`` the adapter name is left out.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+from typing import Any
 
+import peft.functional
+import peft.peft_model
+import peft.utils.save_and_load
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-if TYPE_CHECKING:
-    from .layer import SideTuningLayer
-
 CONTAINER = "qst_side_network"
-PEFT_TRANSLATES_KEYS = hasattr(BaseTuner, "_remove_adapter_name_from_key")
 
 
 def without_adapter_name(key: str, adapter_name: str) -> str:
@@ -74,27 +72,29 @@ def check_adapter(expected: dict[str, torch.Tensor], given: dict[str, torch.Tens
             )
 
 
-def install_key_hooks(layer: SideTuningLayer) -> None:
-    """On a PEFT that does not ask the tuner, show adapter names where its generic saving takes them out."""
-    if not PEFT_TRANSLATES_KEYS:
-        layer.register_state_dict_post_hook(_name_second_to_last)
-        layer.register_load_state_dict_pre_hook(_name_behind_container)
+def translate_on_old_peft() -> None:
+    """Teach PEFT before 0.21, which has no hook for it, to take the adapter name out of our keys while saving.
 
+    Its own code finds the name only in the last or last but one segment of a key. Nothing else changes: loading puts
+    the name back where ours is, on every version.
+    """
+    if hasattr(BaseTuner, "_remove_adapter_name_from_key"):
+        return
+    original = peft.get_peft_model_state_dict
 
-def _name_second_to_last(layer: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-    start = f"{prefix}{CONTAINER}."
-    for key in [key for key in state_dict if key.startswith(start)]:
-        name, *path, leaf = key[len(start) :].split(".")
-        state_dict[".".join([f"{prefix}{CONTAINER}", *path, name, leaf])] = state_dict.pop(key)
+    @functools.wraps(original)
+    def get_peft_model_state_dict(
+        model: nn.Module, state_dict: Any = None, adapter_name: str = "default", *args: Any, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        state_dict = model.state_dict() if state_dict is None else state_dict
+        rest = original(model, state_dict, adapter_name, *args, **kwargs)
+        side = {key: tensor for key, tensor in state_dict.items() if f".{CONTAINER}.{adapter_name}." in key}
+        return {key: tensor for key, tensor in rest.items() if f".{CONTAINER}." not in key} | {
+            without_adapter_name(key, adapter_name): tensor for key, tensor in side.items()
+        }
 
-
-def _name_behind_container(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    start = f"{prefix}{CONTAINER}."
-    names = set(getattr(layer, CONTAINER))
-    for key in [key for key in state_dict if key.startswith(start)]:
-        *path, name, leaf = key[len(start) :].split(".")
-        if path and path[0] not in names and name in names:
-            state_dict[".".join([f"{prefix}{CONTAINER}", name, *path, leaf])] = state_dict.pop(key)
+    for module in (peft, peft.functional, peft.peft_model, peft.utils, peft.utils.save_and_load):
+        vars(module)[original.__name__] = get_peft_model_state_dict
 
 
 def _some(keys: list[str]) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
-from .adapter_files import check_tensors, install_key_hooks
+from .adapter_files import check_tensors
 from .block import BlockInputs, narrow_rotary
 from .cache import attach_side_layers, require_same_length
 from .config import SideTuningConfig
@@ -76,7 +76,6 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         self._pass: _Pass | None = None
         self._num_base_layers = len(spec.blocks)
         self._handles: list[RemovableHandle] = []
-        install_key_hooks(self)
 
     def update_layer(self, adapter_name: str, config: SideTuningConfig, spec: DecoderSpec) -> None:
         """Add a side network named `adapter_name`.
@@ -207,7 +206,7 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
     # -- loading -----------------------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Runs before any tensor of this layer is copied, on every way of loading.
+        # Here, before any tensor of this layer is copied, on every way of loading.
         check_tensors(self.qst_side_network, state_dict, f"{prefix}qst_side_network.")
         super()._load_from_state_dict(state_dict, prefix, *args)
 

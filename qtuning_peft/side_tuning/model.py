@@ -93,6 +93,10 @@ class SideTuningModel(BaseTuner):
         layer.attach_to_base(spec)
         setattr(parent, target_name, layer)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model as a module: PEFT before 0.21 calls its `forward`, passing by the hooks of a bare decoder."""
+        return self.model(*args, **kwargs)
+
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(MERGE_REFUSAL)
 
