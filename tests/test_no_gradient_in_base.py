@@ -138,6 +138,15 @@ def test_grad_mode_is_restored_after_an_error_and_respected_elsewhere() -> None:
         model(input_ids=token_ids())
     handle.remove()
     assert torch.is_grad_enabled()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt  # no Exception: torch runs no hook after it
+
+    handle = layer.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(input_ids=token_ids())
+    handle.remove()
+    assert torch.is_grad_enabled()
     assert model(input_ids=token_ids()).logits.requires_grad
     with torch.no_grad():
         assert not model(input_ids=token_ids()).logits.requires_grad

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from conftest import FAMILIES, randomize_side_network, side_parameters, tiny, token_ids
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, PeftType, TaskType, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, LlamaModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    OlmoConfig,
+    OlmoForCausalLM,
+)
 
 from qtuning_peft import SideTuningConfig, SideTuningModel
 from qtuning_peft._register import register
@@ -204,6 +213,55 @@ def test_a_copied_model_has_a_side_network_of_its_own() -> None:
     randomize_side_network(twin, seed=7)
     assert torch.equal(logits(model), before)
     assert not torch.equal(logits(twin), before)
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    model = get_peft_model(tiny(), SideTuningConfig(task_type="CAUSAL_LM")).eval()
+    randomize_side_network(model)
+    batches = [token_ids(1, length, seed=length) for length in (5, 9, 5, 12)]
+    expected = [logits(model, input_ids=ids) for ids in batches]
+    wrong: list[int] = []
+
+    def serve(number: int) -> None:
+        for _ in range(30):
+            if not torch.allclose(logits(model, input_ids=batches[number]), expected[number], atol=1e-6):
+                wrong.append(number)
+
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(serve, number) for number in range(4)]:
+            future.result()
+    assert not wrong
+
+
+def test_compiled_and_pickled_models_compute_the_same(tmp_path: Path) -> None:
+    model = get_peft_model(tiny(), SideTuningConfig(task_type="CAUSAL_LM")).eval()
+    randomize_side_network(model)
+    torch.save(model, tmp_path / "model.pt")
+    assert torch.equal(logits(torch.load(tmp_path / "model.pt", weights_only=False)), logits(model))
+    torch.testing.assert_close(logits(torch.compile(model, backend="eager")), logits(model))
+
+
+def test_off_loaded_weights_compute_the_same() -> None:
+    model = get_peft_model(tiny(), SideTuningConfig(task_type="CAUSAL_LM")).eval()
+    randomize_side_network(model)
+    expected = logits(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_norm_without_weights() -> None:
+    base = OlmoForCausalLM(
+        OlmoConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
+    ).eval()
+    expected = logits(base)
+    model = get_peft_model(base, SideTuningConfig(task_type="CAUSAL_LM"))
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model.unload()), expected)
+
+
+def test_the_default_number_of_heads_is_recorded() -> None:
+    model = get_peft_model(tiny(hidden_size=256, head_dim=64), SideTuningConfig(r=2, task_type="CAUSAL_LM"))
+    assert model.peft_config["default"].num_side_heads == 2
 
 
 def test_auto_class_loads_base_and_adapter(tmp_path: Path) -> None:

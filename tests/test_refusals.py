@@ -5,16 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny, token_ids
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForMaskedLM,
     BertConfig,
+    FalconConfig,
+    FalconForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    TrOCRConfig,
+    TrOCRForCausalLM,
 )
 
 from qtuning_peft import SideTuningConfig
@@ -39,6 +45,10 @@ from qtuning_peft import SideTuningConfig
         ({"layers_to_transform": [1, 1]}, r"layers_to_transform is \[1, 1\];"),
         ({"layers_to_transform": [-1]}, r"layers_to_transform is \[-1\];"),
         ({"layers_to_transform": "all"}, "layers_to_transform is 'all';"),
+        ({"layers_to_transform": 0.5}, "layers_to_transform is 0.5;"),
+        ({"downsample_norm": "no"}, "downsample_norm is 'no'; give true or false"),
+        ({"modules_to_save": "score"}, "modules_to_save is 'score'; give a list"),
+        ({"base_num_layers": "3"}, "base_num_layers is '3';"),
         ({"trainable_token_indices": [3]}, "trainable_token_indices is .*leave it unset"),
     ],
 )
@@ -81,13 +91,54 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 50}
          "BertForMaskedLM has no norm behind its 2 blocks"),
         (lambda: OPTForCausalLM(OPTConfig(**SMALL, num_attention_heads=2, ffn_dim=64, do_layer_norm_before=False,
                                           word_embed_proj_dim=32)), "OPTForCausalLM has no norm behind its 2 blocks"),
+        (lambda: TrOCRForCausalLM(TrOCRConfig(d_model=32, decoder_layers=2, decoder_attention_heads=2, vocab_size=50,
+                                              decoder_ffn_dim=64)), "TrOCRForCausalLM has no norm behind its 2 blocks"),
         (lambda: torch.nn.Sequential(torch.nn.Linear(4, 4)), "Sequential has no transformers config"),
     ],
-    ids=["encoder-decoder", "no attention", "encoder", "no final norm", "not a transformer"],
+    ids=["encoder-decoder", "no attention", "encoder", "no norm", "norm of embeddings only", "not a transformer"],
 )  # fmt: skip
 def test_models_without_a_place_for_a_side_network(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         get_peft_model(make(), SideTuningConfig(r=4))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MptForCausalLM(MptConfig(d_model=32, n_heads=2, n_layers=2, vocab_size=50)), "boolean mask"),
+        (lambda: FalconForCausalLM(FalconConfig(**SMALL, num_attention_heads=4, alibi=True)), "each of its 4 heads"),
+    ],
+    ids=["MPT", "ALiBi in the mask"],
+)
+def test_masks_that_mean_something_else_to_a_side_network(make: object, message: str) -> None:
+    model = get_peft_model(make(), SideTuningConfig(r=4))
+    ids = token_ids() % 50
+    with pytest.raises(NotImplementedError, match=message):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+def test_another_method_on_the_same_base() -> None:
+    lora = get_peft_model(tiny(), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    for base in (lora, lora.get_base_model()):
+        with pytest.raises(ValueError, match=r"already carries another adapter \(Linear.*unload\(\) first"):
+            get_peft_model(base, SideTuningConfig(task_type="CAUSAL_LM"))
+
+    base = tiny()
+    get_peft_model(base, SideTuningConfig(task_type="CAUSAL_LM"))
+    both = get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    both.train()
+    with pytest.raises(ValueError, match=r"6 parameters of the base, .*lora_A.* first"):
+        both(input_ids=token_ids())
+
+
+def test_a_cache_of_another_adapter() -> None:
+    model = get_peft_model(tiny(), SideTuningConfig(task_type="CAUSAL_LM"))
+    model.add_adapter("other", SideTuningConfig(task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        cache = model(input_ids=token_ids(), use_cache=True).past_key_values
+        model.set_adapter("other")
+        with pytest.raises(ValueError, match="filled by adapter default, and other is active"):
+            model(input_ids=token_ids()[:, :1], past_key_values=cache)
 
 
 def test_merging() -> None:

@@ -112,10 +112,10 @@ class SideAttention(nn.Module):
         if inputs.cache is not None:
             key, value = inputs.cache.update(key, value, inputs.cache_layer)
 
-        mask = inputs.attention_mask
+        implementation = self.config._attn_implementation or "eager"
+        mask = _shared_mask(inputs.attention_mask, implementation)
         if isinstance(mask, Tensor) and mask.is_floating_point():
             mask = mask.to(query.dtype)
-        implementation = self.config._attn_implementation
         if implementation not in ALL_ATTENTION_FUNCTIONS:
             implementation = "sdpa"
         # SDPA kernels want the keys' dtype everywhere; a cache may hold another one than autocast computes in.
@@ -123,6 +123,31 @@ class SideAttention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS[implementation]
         output, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=self.scaling, **inputs.extra)
         return self.o_proj(output.reshape(batch, length, width))
+
+
+def _shared_mask(mask: Any, implementation: str) -> Any:
+    """The base's mask, if it means the same for other heads than the base's.
+
+    Raises:
+        NotImplementedError: when it does not.
+    """
+    if implementation.startswith("paged"):
+        raise NotImplementedError(
+            f"Attention implementation {implementation} keeps keys and values in pages, where the side network has "
+            "none; generate without continuous batching."
+        )
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] != 1:
+        raise NotImplementedError(
+            f"The base passes an attention mask for each of its {mask.shape[1]} heads (ALiBi), which means nothing "
+            "to the side network's; side tuning does not support this architecture yet."
+        )
+    if implementation == "eager" and isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        # Elsewhere True means "attend"; in MPT's own attention it means "do not", and the side network would see ahead.
+        raise NotImplementedError(
+            "The base's own attention takes a boolean mask, whose sense is not known; side tuning does not support "
+            "this architecture yet."
+        )
+    return mask
 
 
 class SideMLP(nn.Module):

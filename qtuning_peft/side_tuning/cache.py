@@ -13,21 +13,23 @@ import torch
 from transformers import Cache
 
 _FIRST_SIDE_LAYER = "first_side_layer"
+_ADAPTER = "side_adapter"
 
 
-def attach_side_layers(cache: Cache, num_base_layers: int, layers: list[int]) -> int:
+def attach_side_layers(cache: Cache, num_base_layers: int, layers: list[int], adapter: str) -> int:
     """Make sure that `cache` has a layer for every side block.
 
     Args:
         cache: The cache that the base is about to fill.
         num_base_layers: Number of blocks of the base.
         layers: Indices of the tapped blocks.
+        adapter: Name of the active adapter.
 
     Returns:
         Index of the first side layer in `cache.layers`.
 
     Raises:
-        ValueError: when the cache holds tokens that the side network has not seen.
+        ValueError: when the cache holds tokens that this adapter's side network has not seen.
     """
     first = getattr(cache, _FIRST_SIDE_LAYER, None)
     if first is None:
@@ -42,10 +44,11 @@ def attach_side_layers(cache: Cache, num_base_layers: int, layers: list[int]) ->
         # An earlier stop of the base's list (shared keys and values) is followed by its last layer.
         cache.layers.extend(_empty_like(cache.layers[min(i, first - 1)]) for i in layers)
         setattr(cache, _FIRST_SIDE_LAYER, first)
-    elif len(cache.layers) != first + len(layers):
+        setattr(cache, _ADAPTER, adapter)
+    elif getattr(cache, _ADAPTER) != adapter:
         raise ValueError(
-            f"past_key_values holds {len(cache.layers) - first} side layers and this adapter has {len(layers)} side "
-            "blocks; use a cache filled by the same adapter."
+            f"past_key_values was filled by adapter {getattr(cache, _ADAPTER)}, and {adapter} is active; fill it with "
+            "the same adapter, or start anew."
         )
     return first
 

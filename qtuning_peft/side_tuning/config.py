@@ -37,7 +37,8 @@ class SideTuningConfig(PeftConfig):
         downsample_norm (`bool`):
             Normalize every down-sampled hidden state. The authors' code does, the paper does not say so.
         num_side_heads (`int`, *optional*):
-            Attention heads of a side block. By default heads of size 64 where the side width allows it.
+            Attention heads of a side block. By default heads of size 64 where the side width allows it; the number is
+            filled in.
         layers_to_transform (`list[int]` or `int`, *optional*):
             Indices of the base blocks that are tapped, each by a side block of its own. By default all of them.
         side_dropout (`float`):
@@ -127,8 +128,13 @@ class SideTuningConfig(PeftConfig):
         self.peft_type = QST
         self._check_integer("r", minimum=2)
         self._check_integer("downsample_rank", minimum=1)
-        if self.num_side_heads is not None:
-            self._check_integer("num_side_heads", minimum=1)
+        for name in ("num_side_heads", "base_hidden_size", "base_num_layers"):
+            if getattr(self, name) is not None:
+                self._check_integer(name, minimum=1)
+        if not isinstance(self.downsample_norm, bool):
+            raise ValueError(f"downsample_norm is {self.downsample_norm!r}; give true or false.")
+        if self.modules_to_save is not None and not isinstance(self.modules_to_save, (list, tuple)):
+            raise ValueError(f"modules_to_save is {self.modules_to_save!r}; give a list of module names.")
         self._check_choice("downsample", DOWNSAMPLES)
         self._check_choice("mixing", MIXINGS)
         self._check_choice("compute_dtype", COMPUTE_DTYPES)
@@ -157,7 +163,9 @@ class SideTuningConfig(PeftConfig):
             raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
 
     @staticmethod
-    def _check_layers(layers: list[int]) -> None:
-        integers = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in layers)
-        if not layers or not integers or len(set(layers)) != len(layers):
+    def _check_layers(layers: object) -> None:
+        integers = isinstance(layers, (list, tuple, range)) and all(
+            isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in layers
+        )
+        if not integers or not layers or len(set(layers)) != len(layers):  # type: ignore[call-overload, arg-type]
             raise ValueError(f"layers_to_transform is {layers!r}; give distinct block indices counted from 0.")

@@ -12,7 +12,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -79,11 +79,16 @@ def find_decoder(model: nn.Module) -> DecoderSpec:
     ]
     if not owners:
         raise ValueError(f"{name} has no list of transformer blocks; side tuning needs a decoder-only language model.")
-    # A model can own further lists (a vision tower, heads); the language model's has the configured length.
+    # A model can own further lists: those of a vision tower, or of heads.
+    language_model = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    inside = {id(module) for module in language_model.modules()}
     depth = getattr(text_config, "num_hidden_layers", None)
-    path, decoder, blocks = max(owners, key=lambda owner: (len(owner[2]) == depth, _size(owner[2])))
+    path, decoder, blocks = max(
+        owners, key=lambda owner: (id(owner[1]) in inside, len(owner[2]) == depth, _size(owner[2]))
+    )
 
-    norm_name = _final_norm_name(decoder)
+    hidden_size = int(text_config.hidden_size)
+    norm_name = _final_norm_name(decoder, hidden_size)
     if norm_name is None:
         raise ValueError(
             f"{name} has no norm behind its {len(blocks)} blocks, so there is no place to mix in the side network; "
@@ -93,14 +98,13 @@ def find_decoder(model: nn.Module) -> DecoderSpec:
 
     norm = getattr(decoder, norm_name)
     norm = norm.get_base_layer() if isinstance(norm, BaseTunerLayer) else norm
-    hidden_size = int(text_config.hidden_size)
     return DecoderSpec(
         decoder=decoder,
         blocks=blocks,
         norm_path=f"{path}.{norm_name}" if path else norm_name,
         config=text_config,
         hidden_size=hidden_size,
-        intermediate_size=int(_first(text_config, "intermediate_size", "ffn_dim", "n_inner") or 4 * hidden_size),
+        intermediate_size=_intermediate_size(text_config) or 4 * hidden_size,
         activation=_activation(text_config),
         gated_mlp=any("gate" in path for path, _ in blocks[0].named_parameters()),
         centered_norm=getattr(norm, "bias", None) is not None,
@@ -121,14 +125,20 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _final_norm_name(decoder: nn.Module) -> str | None:
-    """The last registered child that is a norm: some families have one for the embeddings before it."""
-    names = [
-        name
-        for name, child in decoder.named_children()
-        if "norm" in type(child.get_base_layer() if isinstance(child, BaseTunerLayer) else child).__name__.lower()
-    ]
+def _final_norm_name(decoder: nn.Module, hidden_size: int) -> str | None:
+    """The last registered child that is a norm of the hidden size, and not one of the embeddings."""
+    names = []
+    for name, child in decoder.named_children():
+        norm = child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
+        as_wide = all(parameter.shape == (hidden_size,) for parameter in norm.parameters())
+        if "norm" in type(norm).__name__.lower() and as_wide and "embed" not in name:
+            names.append(name)
     return names[-1] if names else None
+
+
+def _intermediate_size(config: PretrainedConfig) -> int | None:
+    size = _first(config, "intermediate_size", "ffn_dim", "n_inner")
+    return int(max(size) if isinstance(size, (list, tuple)) else size) if size else None
 
 
 def _require_causal_attention(name: str, config: PretrainedConfig, blocks: nn.ModuleList) -> None:

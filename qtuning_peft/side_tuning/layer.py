@@ -1,55 +1,33 @@
 """The side network's seat in the base: the layer that takes the place of the decoder's final norm.
 
-Its hooks let the base run exactly as it is, but without autograd and in eval mode, and hand every block's output to
-the side network. No tensor of the base is ever part of the graph (QST, ACL 2024, section 3: "gradients only flow in
-the side network"), whatever trainers do to the inputs: `enable_input_require_grads`, `prepare_model_for_kbit_training`
-and gradient checkpointing of the base all come to nothing, because nothing is recorded between decoder and final norm.
+While the base runs, in eval mode and without autograd, every block's output is handed to the side network; the final
+norm's output is mixed with what comes out of it. No tensor of the base is ever part of the graph (QST, ACL 2024,
+section 3: "gradients only flow in the side network"), whatever trainers do to the inputs: `enable_input_require_grads`,
+`prepare_model_for_kbit_training` and checkpointing of the base come to nothing, because nothing is recorded there.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import Cache
 
 from .adapter_files import check_tensors
-from .block import BlockInputs, narrow_rotary
 from .cache import attach_side_layers, require_same_length
 from .config import SideTuningConfig
 from .decoder import DecoderSpec
+from .forward_pass import BlockHook, CurrentPass, DecoderForward, ForwardPass, bind, cache_in
 from .network import SideNetwork
 
-# What attention implementations read beside the mask; the base's blocks pass them through as well.
-ATTENTION_ARGUMENTS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-
-
-@dataclass
-class _Pass:
-    """One forward pass of the base, as the side network follows it."""
-
-    outer_grad: bool
-    network: SideNetwork | None = None
-    side: Tensor | None = None
-    steps: int = 0
-    first_side_layer: int = 0
-    rotary: tuple[Tensor, Tensor] | None = None
-    rotary_source: Any = None
-
-    def narrow_rotary(self, source: Any) -> tuple[Tensor, Tensor] | None:
-        """Rotary positions for the side network's heads, made once for all blocks that share `source`."""
-        if source is not self.rotary_source:
-            assert self.network is not None
-            self.rotary_source = source
-            self.rotary = _narrow_rotary(source, self.network)
-        return self.rotary
+MERGE_REFUSAL = (
+    "A side network is not a weight delta and cannot be merged into the base; keep the adapter beside it, or call "
+    "unload() to get the base back."
+)
 
 
 class SideTuningLayer(nn.Module, BaseTunerLayer):
@@ -73,9 +51,12 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
-        self._pass: _Pass | None = None
+        self._current = CurrentPass()
+        # In a list, so that the block does not become a part of this layer.
+        self._last_block = [spec.blocks[-1]]
         self._num_base_layers = len(spec.blocks)
         self._handles: list[RemovableHandle] = []
+        self._decoder_forward: DecoderForward | None = None
 
     def update_layer(self, adapter_name: str, config: SideTuningConfig, spec: DecoderSpec) -> None:
         """Add a side network named `adapter_name`.
@@ -90,9 +71,13 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The final norm of `hidden_states` (batch, length, d), mixed with the side network's output."""
+        """The final norm of `hidden_states` (batch, length, d), mixed with the side network's output.
+
+        Raises:
+            RuntimeError: when not every tapped block has run.
+        """
         base: Tensor = self.base_layer(hidden_states, *args, **kwargs)
-        current = self._pass
+        current = self._current.value
         if current is None or current.network is None or current.side is None:
             return base
         if current.steps != len(current.network.layers):
@@ -102,6 +87,7 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
             )
         # Left on: what the decoder does behind its norm (a view, a projection) is on the way to the loss.
         torch.set_grad_enabled(current.outer_grad)
+        current.finished = True
         return current.network.finish(base, current.side)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -112,75 +98,82 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         """Refuse, as `merge` does."""
         raise NotImplementedError(MERGE_REFUSAL)
 
-    def detach_from_base(self) -> None:
-        """Remove the hooks, leaving the base as it was."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """No: the side network is not a weight delta."""
         return False
 
-    # -- the hooks ---------------------------------------------------------------------------------------------------
+    # -- following the base ------------------------------------------------------------------------------------------
 
     def attach_to_base(self, spec: DecoderSpec) -> None:
-        """Hook into the decoder and its blocks."""
+        """Follow every pass of the decoder from now on."""
+        self._decoder_forward = DecoderForward(self, spec.decoder)
+        spec.decoder.forward = self._decoder_forward
         self._handles = [
-            spec.decoder.register_forward_pre_hook(self._enter_decoder),
-            spec.decoder.register_forward_hook(self._leave_decoder, always_call=True),
+            spec.decoder.register_forward_pre_hook(_refuse_replica),
             spec.blocks[0].register_forward_pre_hook(self._enter_first_block, with_kwargs=True),
         ]
         for index, block in enumerate(spec.blocks):
-            self._handles.append(block.register_forward_hook(_BlockHook(self, index), with_kwargs=True))
+            self._handles.append(block.register_forward_hook(BlockHook(self, index), with_kwargs=True))
 
-    def _enter_decoder(self, decoder: nn.Module, args: tuple[Any, ...]) -> None:
-        if getattr(decoder, "_is_replica", False):
-            raise RuntimeError(
-                "nn.DataParallel replicates modules in threads, which side tuning cannot follow; launch with "
-                "'accelerate launch' or torchrun, or make one GPU visible with CUDA_VISIBLE_DEVICES."
-            )
+    def detach_from_base(self) -> None:
+        """Leave the base as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._decoder_forward is not None:
+            self._decoder_forward.restore()
+            self._decoder_forward = None
+
+    @contextmanager
+    def following(self, decoder: nn.Module) -> Iterator[None]:
+        """Run the decoder's forward in this context: no autograd, eval mode, the side network beside it.
+
+        Raises:
+            RuntimeError: when the decoder ends without its final norm.
+            ValueError: when several adapters are active, or something else in the base wants a gradient.
+        """
+        if self._decoder_forward is None:
+            yield
+            return
+        current = ForwardPass(torch.is_grad_enabled(), self._active_network())
         self._keep_base_in_eval_mode(decoder)
-        self._pass = _Pass(outer_grad=torch.is_grad_enabled(), network=self._active_network())
+        self._current.value = current
         torch.set_grad_enabled(False)
-
-    def _leave_decoder(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._pass is not None:
-            torch.set_grad_enabled(self._pass.outer_grad)
-            self._pass = None
+        try:
+            yield
+            if current.side is not None and not current.finished:
+                raise RuntimeError(
+                    f"{type(decoder).__name__} ended without the norm that the side network is attached to; side "
+                    "tuning does not support this architecture yet."
+                )
+        finally:
+            torch.set_grad_enabled(current.outer_grad)
+            self._current.value = None
 
     def _enter_first_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        current = self._pass
+        current = self._current.value
         if current is None or current.network is None:
             return
-        arguments = _bind(block, args, kwargs)
-        cache = _cache_in(arguments)
+        arguments = bind(block, args, kwargs)
+        cache = cache_in(arguments)
         if cache is not None:
             layers = current.network.layers
-            current.first_side_layer = attach_side_layers(cache, self._num_base_layers, layers)
+            current.first_side_layer = attach_side_layers(
+                cache, self._num_base_layers, layers, adapter=self.active_adapters[0]
+            )
             require_same_length(cache, current.first_side_layer, layers)
-        embeddings = arguments["hidden_states"].detach()  # (batch, length, d)
+        embeddings = next(iter(arguments.values())).detach()  # (batch, length, d)
         with torch.set_grad_enabled(current.outer_grad):
             current.side = current.network.start(embeddings)
 
     def after_block(self, index: int, block: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Advance the side network by the output of base block `index`, if that is tapped."""
-        current = self._pass
+        current = self._current.value
         if current is None or current.network is None or index not in current.network.layers:
             return
         assert current.side is not None
         hidden_states = (output[0] if isinstance(output, tuple) else output).detach()  # (batch, length, d)
-        arguments = _bind(block, args, kwargs)
-        inputs = BlockInputs(
-            attention_mask=_on_device(arguments.get("attention_mask"), current.side.device),
-            rotary=current.narrow_rotary(arguments.get("position_embeddings")),
-            cache=_cache_in(arguments),
-            cache_layer=current.first_side_layer + current.steps,
-            extra={name: arguments[name] for name in ATTENTION_ARGUMENTS if arguments.get(name) is not None},
-        )
-        window = next((m.sliding_window for m in block.modules() if getattr(m, "sliding_window", None)), None)
-        if window is not None:
-            inputs.extra["sliding_window"] = window
+        inputs = current.block_inputs(block, bind(block, args, kwargs))
         with torch.set_grad_enabled(current.outer_grad):
             current.side = current.network.step(current.steps, hidden_states, current.side, inputs)
         current.steps += 1
@@ -197,13 +190,21 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
 
     def _keep_base_in_eval_mode(self, decoder: nn.Module) -> None:
         """Undo `model.train()` for the base: dropout there would only make the side network's inputs noisy."""
-        if decoder.training:
-            side_networks_train = self.training
-            decoder.eval()
-            self.train(side_networks_train)
-            self.base_layer.eval()
+        if not decoder.training:
+            return
+        side_parameters = {id(parameter) for parameter in self.qst_side_network.parameters()}
+        stray = [name for name, p in decoder.named_parameters() if p.requires_grad and id(p) not in side_parameters]
+        if stray and torch.is_grad_enabled():
+            raise ValueError(
+                f"{len(stray)} parameters of the base, {stray[0]} first, are set to require a gradient, and none "
+                "reaches the base of a side network; freeze them, or unload() it before adding another adapter."
+            )
+        side_networks_train = self.training
+        decoder.eval()
+        self.train(side_networks_train)
+        self.base_layer.eval()
 
-    # -- loading -----------------------------------------------------------------------------------------------------
+    # -- loading and moving ------------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Here, before any tensor of this layer is copied, on every way of loading.
@@ -218,53 +219,14 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
                 network.to(device or self._base_device())
 
     def _base_device(self) -> torch.device:
-        return next(self.base_layer.parameters(), torch.empty(0)).device
+        # A norm need not have weights.
+        parameters = [*self.base_layer.parameters(), *self._last_block[0].parameters()]
+        return parameters[0].device
 
 
-class _BlockHook:
-    """Forward hook of one block; an object, so that a model with hooks can be copied and pickled."""
-
-    def __init__(self, layer: SideTuningLayer, index: int) -> None:
-        self.layer = layer
-        self.index = index
-
-    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self.layer.after_block(self.index, block, args, kwargs, output)
-
-
-MERGE_REFUSAL = (
-    "A side network is not a weight delta and cannot be merged into the base; keep the adapter beside it, or call "
-    "unload() to get the base back."
-)
-
-
-@lru_cache(maxsize=256)
-def _signature(forward: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(forward)
-
-
-def _bind(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a block's forward by name; families differ in what they pass by position."""
-    bound = _signature(type(block).forward).bind_partial(block, *args, **kwargs).arguments
-    named = {name: value for name, value in bound.items() if name not in ("kwargs", "self")}
-    return named | bound.get("kwargs", {})
-
-
-def _cache_in(arguments: dict[str, Any]) -> Cache | None:
-    return next((value for value in arguments.values() if isinstance(value, Cache)), None)
-
-
-def _narrow_rotary(source: Any, network: SideNetwork) -> tuple[Tensor, Tensor] | None:
-    if source is None:
-        return None
-    if not (isinstance(source, tuple) and len(source) == 2 and source[0].dim() == 3):
-        raise NotImplementedError(
-            "The base passes rotary positions in a form other than (cosine, sine) of (batch, length, size); side "
-            "tuning does not support this architecture yet."
+def _refuse_replica(decoder: nn.Module, args: tuple[Any, ...]) -> None:
+    if getattr(decoder, "_is_replica", False):
+        raise RuntimeError(
+            "nn.DataParallel replicates modules in threads, which side tuning cannot follow; launch with "
+            "'accelerate launch' or torchrun, or make one GPU visible with CUDA_VISIBLE_DEVICES."
         )
-    cos, sin = (values.to(network.device) for values in source)
-    return narrow_rotary(cos, sin, network.head_dim)
-
-
-def _on_device(mask: Any, device: torch.device) -> Any:
-    return mask.to(device) if isinstance(mask, Tensor) else mask

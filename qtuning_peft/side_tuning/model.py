@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from .._register import PREFIX
@@ -20,6 +20,7 @@ from .adapter_files import CONTAINER, check_adapter, without_adapter_name
 from .config import SideTuningConfig
 from .decoder import DecoderSpec, find_decoder
 from .layer import MERGE_REFUSAL, SideTuningLayer
+from .network import side_heads, side_width
 
 
 class SideTuningModel(BaseTuner):
@@ -44,6 +45,7 @@ class SideTuningModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, SideTuningConfig)
+        self._refuse_other_adapters()
         spec = find_decoder(self.model)
         for name, actual in (("base_hidden_size", spec.hidden_size), ("base_num_layers", len(spec.blocks))):
             recorded = getattr(peft_config, name)
@@ -54,8 +56,20 @@ class SideTuningModel(BaseTuner):
                 )
             setattr(peft_config, name, actual)
         self._refuse_trainable_modules_in_base(peft_config, spec)
+        # Recorded, so that an adapter stays what it is should the default ever change: no tensor's shape depends on it.
+        peft_config.num_side_heads = side_heads(peft_config, spec, side_width(peft_config, spec))
         peft_config.target_modules = [spec.norm_path]
         return peft_config
+
+    def _refuse_other_adapters(self) -> None:
+        others = {type(m).__name__ for m in self.model.modules() if isinstance(m, BaseTunerLayer)} - {
+            SideTuningLayer.__name__
+        }
+        if others:
+            raise ValueError(
+                f"The base already carries another adapter ({', '.join(sorted(others))}), which no gradient would "
+                "reach; call merge_and_unload() or unload() first."
+            )
 
     def _refuse_trainable_modules_in_base(self, config: SideTuningConfig, spec: DecoderSpec) -> None:
         names = set(config.modules_to_save or ())
@@ -91,11 +105,11 @@ class SideTuningModel(BaseTuner):
         layer.update_layer(adapter_name, peft_config, spec)
         layer.set_adapter(self.active_adapters)
         layer.attach_to_base(spec)
-        setattr(parent, target_name, layer)
+        self._replace_module(parent, target_name, layer, target)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model as a module: PEFT before 0.21 calls its `forward`, passing by the hooks of a bare decoder."""
-        return self.model(*args, **kwargs)
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own also moves weights, which a norm need not have.
+        setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(MERGE_REFUSAL)

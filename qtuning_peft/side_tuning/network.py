@@ -78,11 +78,6 @@ class SideNetwork(nn.Module):
         """Dtype of the weights and of the side network's residual stream."""
         return self.mix.up_proj.weight.dtype
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.mix.up_proj.weight.device
-
     def train(self, mode: bool = True) -> SideNetwork:
         """Enter or leave training mode; entering it brings trainable 16-bit weights back to float32.
 
@@ -103,7 +98,7 @@ class SideNetwork(nn.Module):
         dtype = self.compute_dtype or hidden_states.dtype
         if self.compute_dtype is None and dtype.itemsize != 2:
             return nullcontext()
-        device_type = self.device.type
+        device_type = self._device_for(hidden_states).type
         if device_type == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported():
             raise ValueError(
                 "compute_dtype is bfloat16, which this GPU lacks; set compute_dtype to float16 or float32."
@@ -153,8 +148,13 @@ class SideNetwork(nn.Module):
 
     def _received(self, hidden_states: Tensor) -> Tensor:
         """A tap on the side network's device; in its dtype too, unless autocast takes care of that."""
-        hidden_states = hidden_states.to(self.device)
-        return hidden_states if torch.is_autocast_enabled(self.device.type) else hidden_states.to(self.dtype)
+        hidden_states = hidden_states.to(self._device_for(hidden_states))
+        return hidden_states if torch.is_autocast_enabled(hidden_states.device.type) else hidden_states.to(self.dtype)
+
+    def _device_for(self, hidden_states: Tensor) -> torch.device:
+        """Where the weights are; off-loaded ones come to the hidden states."""
+        weight = self.mix.up_proj.weight
+        return hidden_states.device if weight.is_meta else weight.device
 
 
 def tapped_layers(config: SideTuningConfig, spec: DecoderSpec) -> list[int]:

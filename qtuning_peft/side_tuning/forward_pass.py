@@ -1,0 +1,152 @@
+"""Following a forward pass of the base: what the side network reads from the decoder and its blocks.
+
+The decoder runs as it is, but without autograd. That is done around its `forward` and not by hooks, because torch runs
+no hook, not even an `always_call` one, when a pass ends in KeyboardInterrupt: autograd would stay off in the process.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from .block import BlockInputs, narrow_rotary
+from .network import SideNetwork
+
+if TYPE_CHECKING:
+    from .layer import SideTuningLayer
+
+# What attention implementations read beside the mask; the base's blocks pass them through as well.
+ATTENTION_ARGUMENTS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+@dataclass
+class ForwardPass:
+    """One pass of the base.
+
+    Attributes:
+        outer_grad: Whether the caller records gradients.
+        network: The active side network, if any.
+        side: Its state, (batch, length, d/r), once the first block was entered.
+        steps: Number of side blocks that have run.
+        first_side_layer: Index of its first layer in the key-value cache.
+        finished: Whether the mixture was made.
+    """
+
+    outer_grad: bool
+    network: SideNetwork | None = None
+    side: Tensor | None = None
+    steps: int = 0
+    first_side_layer: int = 0
+    finished: bool = False
+    rotary: tuple[Tensor, Tensor] | None = None
+    rotary_source: Any = None
+
+    def block_inputs(self, block: nn.Module, arguments: dict[str, Any]) -> BlockInputs:
+        """What the base handed to `block`, for the side block beside it."""
+        assert self.side is not None
+        inputs = BlockInputs(
+            attention_mask=_on_device(arguments.get("attention_mask"), self.side.device),
+            rotary=self._narrow_rotary(arguments.get("position_embeddings")),
+            cache=cache_in(arguments),
+            cache_layer=self.first_side_layer + self.steps,
+            extra={name: arguments[name] for name in ATTENTION_ARGUMENTS if arguments.get(name) is not None},
+        )
+        window = next((m.sliding_window for m in block.modules() if getattr(m, "sliding_window", None)), None)
+        if window is not None:
+            inputs.extra["sliding_window"] = window
+        return inputs
+
+    def _narrow_rotary(self, source: Any) -> tuple[Tensor, Tensor] | None:
+        # Made once for all blocks that share the base's: autograd keeps it for each of them.
+        if source is not self.rotary_source:
+            assert self.network is not None
+            assert self.side is not None
+            if not (isinstance(source, tuple) and len(source) == 2 and source[0].dim() == 3):
+                raise NotImplementedError(
+                    "The base passes rotary positions in a form other than (cosine, sine) of (batch, length, size); "
+                    "side tuning does not support this architecture yet."
+                )
+            cos, sin = (values.to(self.side.device) for values in source)
+            self.rotary = narrow_rotary(cos, sin, self.network.head_dim)
+            self.rotary_source = source
+        return self.rotary
+
+
+class CurrentPass(threading.local):
+    """The pass that the calling thread is in; servers run several on one model."""
+
+    value: ForwardPass | None = None
+
+    def __reduce__(self) -> tuple[type[CurrentPass], tuple[()]]:
+        # A copied or pickled model is in no pass.
+        return CurrentPass, ()
+
+
+class DecoderForward:
+    """Stands in for a decoder's `forward`; an object, so that the model can be copied and pickled."""
+
+    def __init__(self, layer: SideTuningLayer, decoder: nn.Module) -> None:
+        self.layer = layer
+        self.decoder = decoder
+        # Others replace `forward` too: accelerate's hooks, for one.
+        self.replaced: Callable[..., Any] | None = vars(decoder).get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the decoder as its own `forward` would, followed by `layer`."""
+        with self.layer.following(self.decoder):
+            if self.replaced is not None:
+                return self.replaced(*args, **kwargs)
+            return type(self.decoder).forward(self.decoder, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.replaced or type(self.decoder).forward.__get__(self.decoder))
+
+    def restore(self) -> None:
+        """Give the decoder its own `forward` back, unless somebody has wrapped this one since."""
+        if vars(self.decoder).get("forward") is self:
+            if self.replaced is None:
+                del self.decoder.forward
+            else:
+                self.decoder.forward = self.replaced
+
+
+class BlockHook:
+    """Forward hook of one block; an object, for the same reason."""
+
+    def __init__(self, layer: SideTuningLayer, index: int) -> None:
+        self.layer = layer
+        self.index = index
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Hand the block's output to the layer."""
+        self.layer.after_block(self.index, block, args, kwargs, output)
+
+
+@lru_cache(maxsize=256)
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
+def bind(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a block's forward by name, the hidden states first; families pass different ones by position."""
+    bound = _signature(type(block).forward).bind_partial(block, *args, **kwargs).arguments
+    named = {name: value for name, value in bound.items() if name not in ("kwargs", "self")}
+    return named | bound.get("kwargs", {})
+
+
+def cache_in(arguments: dict[str, Any]) -> Cache | None:
+    """The key-value cache among a block's arguments."""
+    return next((value for value in arguments.values() if isinstance(value, Cache)), None)
+
+
+def _on_device(mask: Any, device: torch.device) -> Any:
+    return mask.to(device) if isinstance(mask, Tensor) else mask
