@@ -90,7 +90,7 @@ def randomize_side_network(model: torch.nn.Module, seed: int = 1, scale: float =
         for name, parameter in model.named_parameters():
             if "qst_side_network" in name:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.add_(noise.to(parameter.dtype), alpha=scale)
+                parameter.add_(noise.to(parameter), alpha=scale)
 
 
 def token_ids(batch: int = 2, length: int = 12, seed: int = 2) -> torch.Tensor:

@@ -11,6 +11,8 @@ from transformers import (
     BertConfig,
     FalconConfig,
     FalconForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     MambaConfig,
     MambaForCausalLM,
     MptConfig,
@@ -115,6 +117,17 @@ def test_masks_that_mean_something_else_to_a_side_network(make: object, message:
     ids = token_ids() % 50
     with pytest.raises(NotImplementedError, match=message):
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+def test_hidden_states_of_another_form() -> None:
+    config = Gemma3nTextConfig(
+        **SMALL, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=[64, 64], laurel_rank=4,
+        vocab_size_per_layer_input=50, hidden_size_per_layer_input=8, num_kv_shared_layers=0,
+        layer_types=["full_attention"] * 2, activation_sparsity_pattern=[0.0, 0.0],
+    )  # fmt: skip
+    model = get_peft_model(Gemma3nForCausalLM(config), SideTuningConfig(r=4))
+    with pytest.raises(NotImplementedError, match="4-dimensional states"):
+        model(input_ids=token_ids() % 50)
 
 
 def test_another_method_on_the_same_base() -> None:

@@ -144,7 +144,7 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
             if current.side is not None and not current.finished:
                 raise RuntimeError(
                     f"{type(decoder).__name__} ended without the norm that the side network is attached to; side "
-                    "tuning does not support this architecture yet."
+                    "side tuning does not support this architecture yet."
                 )
         finally:
             torch.set_grad_enabled(current.outer_grad)
@@ -163,6 +163,11 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
             )
             require_same_length(cache, current.first_side_layer, layers)
         embeddings = next(iter(arguments.values())).detach()  # (batch, length, d)
+        if embeddings.dim() != 3:
+            raise NotImplementedError(
+                f"The base's blocks work on {embeddings.dim()}-dimensional states instead of (batch, length, width); "
+                "side tuning does not support this architecture yet."
+            )
         with torch.set_grad_enabled(current.outer_grad):
             current.side = current.network.start(embeddings)
 
