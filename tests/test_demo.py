@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,7 +66,6 @@ def test_the_prepared_checkpoint_holds_the_file_s_weights(smollm2: Path) -> None
 @pytest.mark.smollm2
 @pytest.mark.slow
 def test_the_demo_learns(smollm2: Path, tmp_path: Path) -> None:
-    torch.set_num_threads(os.cpu_count() or 1)
     (tmp_path / "base").symlink_to(smollm2)
     result = run.run_demo(tmp_path)
     assert result.after.loss < result.before.loss - 0.25
