@@ -169,6 +169,9 @@ def test_a_damaged_adapter_is_refused_whole(damage: Callable[[Tensors], None], m
     with pytest.raises(ValueError, match=message):
         model.load_adapter(tmp_path, adapter_name="damaged")
     assert torch.equal(logits(model), before)
+    if hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
+        assert list(model.peft_config) == ["default"]
+        assert not any(".damaged." in name for name, _ in model.named_parameters())
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ class SideTuningModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+        cls, model: Any, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
@@ -148,5 +148,11 @@ class SideTuningModel(BaseTuner):
         given = {
             key.removeprefix(prefix): t for key, t in remapped.items() if key.startswith(prefix) or key not in own_keys
         }
-        check_adapter(layer.qst_side_network[adapter_name].state_dict(), given)
+        try:
+            check_adapter(layer.qst_side_network[adapter_name].state_dict(), given)
+        except ValueError:
+            # PEFT has added it already; without its weights it would be a random network under a trusted name.
+            layer.delete_adapter(adapter_name)
+            model.peft_config.pop(adapter_name, None)
+            raise
         return remapped
