@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils.logging import disable_progress_bar
 
 from .. import recipes  # type: ignore[attr-defined]
 from ..loss import IGNORE_INDEX, supervised_loss
@@ -34,6 +36,12 @@ class Score:
     perplexity: float
     question: str
     answer: str
+
+
+def quiet() -> None:
+    """Leave the screen to the demo's own bars: loading a model of this size takes seconds."""
+    disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
 
 
 def load_base(folder: str, quantization: dict[str, Any]) -> nn.Module:
@@ -94,6 +102,7 @@ def main() -> None:
 
     from peft import PeftModel
 
+    quiet()
     recipe = recipes.load(arguments.recipe)
     model = PeftModel.from_pretrained(load_base(arguments.base, recipe["quantization"]), arguments.adapter)
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)

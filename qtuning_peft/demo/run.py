@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from .. import SideTuningConfig, recipes  # type: ignore[attr-defined]
 from ..loss import supervised_loss
-from .evaluate import Score, load_base, score
+from .evaluate import Score, load_base, quiet, score
 from .gsm8k import RightPadding, encode, read_rows
 from .smollm2 import prepare_checkpoint
 
@@ -78,6 +78,7 @@ def run_demo(output_dir: Path, seed: int | None = None) -> DemoResult:
         RuntimeError: when the fresh process fails.
     """
     started = time.perf_counter()
+    quiet()
     recipe = recipes.load("demo")
     seed = recipe["seed"] if seed is None else seed
     set_seed(seed)
