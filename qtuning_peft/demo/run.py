@@ -99,7 +99,7 @@ def run_demo(output_dir: Path, seed: int | None = None) -> DemoResult:
         peak_memory=_peak_memory(),
         adapter_bytes=(adapter_folder / "adapter_model.safetensors").stat().st_size,
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        adapter=adapter_folder,
+        adapter=output_dir / "adapter",
     )
 
 
