@@ -8,8 +8,10 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
+from gguf import GGUFReader
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations.gguf.utils import GgufLinear
 
 from qtuning_peft import SideTuningConfig
 from qtuning_peft.demo.gsm8k import RightPadding, encode, read_rows
@@ -46,7 +48,39 @@ def gguf(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(gguf_folder(), gguf_file=FILE)
 
 
-@pytest.mark.parametrize("load", [full_precision, nf4, int8, gguf])
+def packed_gguf(folder: Path) -> PreTrainedModel:
+    """Every linear layer of the blocks as transformers' packed GGUF layer, holding the file's own 4-bit blocks.
+
+    transformers 5.23 packs other families than Llama while loading, so it is put together here.
+    """
+    model = full_precision(folder)
+    tensors = {tensor.name: tensor for tensor in GGUFReader(gguf_folder() / FILE).tensors}
+    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
+    names |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+    heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
+    for index, layer in enumerate(model.model.layers):
+        for owner in (layer.self_attn, layer.mlp):
+            for name, dense in list(owner.named_children()):
+                if isinstance(dense, torch.nn.Linear):
+                    tensor = tensors[f"blk.{index}.{names[name]}.weight"]
+                    packed = GgufLinear(dense.in_features, dense.out_features, int(tensor.tensor_type))
+                    rows = torch.from_numpy(tensor.data.copy())
+                    if name in heads:  # GGUF interleaves the two halves of a rotary head
+                        rows = rows.view(heads[name], -1, 2, rows.shape[-1]).transpose(1, 2).reshape(rows.shape)
+                    packed.weight.data = rows
+                    setattr(owner, name, packed)
+    return model
+
+
+def test_packed_gguf_layers_compute_what_the_file_says(smollm2: Path) -> None:
+    ids = torch.arange(100, 140)[None]
+    packed = packed_gguf(smollm2)
+    assert {p.dtype for p in packed.model.layers[0].mlp.parameters()} == {torch.uint8}
+    with torch.no_grad():
+        torch.testing.assert_close(packed(ids).logits, full_precision(smollm2)(ids).logits, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("load", [full_precision, nf4, int8, gguf, packed_gguf])
 def test_a_side_network_learns_on_the_real_model(
     load: Callable[[Path], PreTrainedModel], smollm2: Path, tmp_path: Path
 ) -> None:
