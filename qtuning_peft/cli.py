@@ -32,7 +32,7 @@ def main() -> None:
 @app.command()
 def demo(
     output_dir: Annotated[
-        Path, typer.Option(help="Folder for the prepared base model and the trained adapter.")
+        Path, typer.Option(file_okay=False, help="Folder for the prepared base model and the trained adapter.")
     ] = Path("qtuning-demo"),
     seed: Annotated[int | None, typer.Option(help="Seed of the run; the recipe's if not given.", min=0)] = None,
 ) -> None:
@@ -46,7 +46,7 @@ def demo(
 
     try:
         _print_result(run_demo(output_dir, seed))
-    except (FileNotFoundError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         console.print(f"[bold red]Error:[/] {error}", highlight=False)
         raise typer.Exit(1) from error
 

@@ -37,6 +37,13 @@ def test_a_missing_model_is_one_sentence_with_the_remedy(monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(app, ["demo", "--output-dir", str(tmp_path / "file")])
+    assert result.exit_code == 2
+    assert "Invalid value for '--output-dir'" in result.output
+
+
 def test_unknown_recipes_and_too_many_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="no recipe 'nope'; choose one of demo"):
         recipes.load("nope")
