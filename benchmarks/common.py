@@ -1,0 +1,74 @@
+"""What the benchmarks share: the model, and result rows that say where they come from."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qtuning_peft.demo.evaluate import load_base, quiet
+from qtuning_peft.demo.smollm2 import prepare_checkpoint
+
+HERE = Path(__file__).parent
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets")
+
+
+def smollm2(quantized: bool = True) -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct in NF4, or in float32, and its tokenizer."""
+    quiet()
+    folder = prepare_checkpoint(HERE / "results" / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if quantized:
+        return load_base(str(folder), NF4).eval(), tokenizer
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer
+
+
+def read(name: str, count: int | None = None) -> list[dict[str, Any]]:
+    """The first `count` rows of a file of `data`."""
+    lines = (HERE / "data" / name).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines[:count]]
+
+
+def environment() -> dict[str, Any]:
+    """Machine and versions."""
+    gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if gpu else processor(),
+        "threads": None if gpu else torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+    }
+
+
+def processor() -> str:
+    """The CPU's name."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.is_file()
+        else []
+    )
+    return names[0] if names else platform.processor()
+
+
+def save(name: str, rows: list[dict[str, Any]]) -> Path:
+    """Write result rows to `results/NAME.jsonl`, replacing the last run's."""
+    file = HERE / "results" / f"{name}.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    unfinished = file.with_suffix(f".{os.getpid()}.tmp")
+    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(unfinished, file)
+    return file
+
+
+def markdown(header: list[str], rows: list[list[Any]]) -> str:
+    """A table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -1,0 +1,146 @@
+"""Which score finds which kind of bad row? And how much of the noise quadrant is noise?
+
+    python benchmarks/noise.py
+
+Rows of GSM8K and Dolly are spoilt in known ways, 20 % of them at a time; solutions of GSM8K come labelled right and
+wrong. For every score: AUC, the chance that a bad row scores higher than a good one, in % (50 is chance). For every
+kind: the noise quadrant at a sample ratio of 1/2, its size, and the share of bad rows in it, against the same number of
+rows taken by each single score. Scoring is resumable; `results/noise.jsonl` gets the rows the tables are made of.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+from common import HERE, environment, markdown, read, save, smollm2
+from datasets import Dataset
+
+from qtuning_peft.demo.gsm8k import read_rows
+from qtuning_peft.eu_plane import EUPruner, score
+
+SPOILT_SHARE = 0.2
+SCORES = ("error", "uncertainty", "el2n", "ifd", "repetition", "supervised_tokens")
+
+
+def spoil(kind: str, answer: str, other: str, draw: random.Random) -> str:
+    """`answer`, spoilt."""
+    words = answer.split(" ")
+    if kind == "other answer":
+        return other
+    if kind == "shuffled":
+        return " ".join(draw.sample(words, len(words)))
+    if kind == "typos":
+        letters = "abcdefghijklmnopqrstuvwxyz"
+        return "".join(draw.choice(letters) if c.isalpha() and draw.random() < 0.12 else c for c in answer)
+    if kind == "cut":
+        return " ".join(words[: max(1, round(0.4 * len(words)))])
+    loop = words[: max(1, min(12, len(words) // 3))]
+    return " ".join(loop * max(3, 2 * len(words) // len(loop)))
+
+
+KINDS = ("other answer", "shuffled", "typos", "cut", "looped")
+
+
+def auc(bad: np.ndarray, good: np.ndarray) -> float:
+    """Chance that a bad row scores higher than a good one, ties half."""
+    return float((np.greater.outer(bad, good) + 0.5 * np.equal.outer(bad, good)).mean())
+
+
+def spoilt_sets() -> dict[str, tuple[list[dict[str, str]], list[dict[str, str]], dict[str, list[int]]]]:
+    """For each source its good rows, its bad rows, and by kind which good rows the bad ones replace."""
+    sources = {
+        "GSM8K": [{"prompt": row["question"], "completion": row["answer"]} for row in read_rows("train", 250)],
+        "Dolly": [
+            {"prompt": f"{row['instruction']}\n\n{row['input']}".strip(), "completion": row["output"]}
+            for row in read("dolly_200.jsonl")
+        ],
+    }
+    sets = {}
+    for name, rows in sources.items():
+        draw = random.Random(0)
+        bad, replaced = [], {}
+        for kind in KINDS:
+            replaced[kind] = sorted(draw.sample(range(len(rows)), round(SPOILT_SHARE * len(rows))))
+            for index in replaced[kind]:
+                other = rows[(index + draw.randrange(1, len(rows))) % len(rows)]["completion"]
+                answer = spoil(kind, rows[index]["completion"], other, draw)
+                bad.append({"prompt": rows[index]["prompt"], "completion": answer})
+        sets[name] = (rows, bad, replaced)
+    return sets
+
+
+def rows_of_kind(source: str, kind: str, good: Dataset, bad: Dataset) -> dict[str, Any]:
+    """One result row: AUC of every score, and precision of the noise quadrant and of every score at its size."""
+    columns = {
+        name: np.concatenate([np.asarray(bad[name], np.float64), np.asarray(good[name], np.float64)]) for name in SCORES
+    }
+    is_bad = np.arange(len(columns["error"])) < len(bad)
+    noise = EUPruner(sample_ratio=0.5).fit(columns).quadrants(columns) == "noise"
+    size = int(noise.sum())
+    return {
+        "source": source,
+        "kind": kind,
+        "good": len(good),
+        "bad": len(bad),
+        "auc": {name: auc(column[is_bad], column[~is_bad]) for name, column in columns.items()},
+        "noise_size": size,
+        "noise_precision": float(is_bad[noise].mean()),
+        "precision": {
+            name: float(is_bad[np.argsort(-column, kind="stable")[:size]].mean()) for name, column in columns.items()
+        },
+    }
+
+
+def main() -> None:
+    """Score, and write results and tables."""
+    model, tokenizer = smollm2()
+
+    def scored(rows: list[dict[str, str]]) -> Dataset:
+        data = Dataset.from_list(rows)
+        return score(
+            data, model, tokenizer, el2n=True, ifd=True, resume_dir=HERE / "results" / "parts", rows_per_part=64
+        )
+
+    results = []
+    for source, (rows, spoilt, replaced) in spoilt_sets().items():
+        good, bad = scored(rows), scored(spoilt)
+        start = 0
+        for kind, indices in replaced.items():
+            kept = good.select([i for i in range(len(good)) if i not in set(indices)])
+            results.append(rows_of_kind(source, kind, kept, bad.select(range(start, start + len(indices)))))
+            start += len(indices)
+    solutions = read("gsm8k_solutions_320.jsonl")
+    right, wrong = (
+        scored([{"prompt": r["question"], "completion": r["solution"]} for r in solutions if r["is_correct"] is wanted])
+        for wanted in (True, False)
+    )
+    results.append(rows_of_kind("GSM8K solutions", "wrong", right, wrong))
+
+    save("noise", [row | {"model": "SmolLM2-135M-Instruct, NF4", "environment": environment()} for row in results])
+    print(tables(results))
+
+
+def tables(results: list[dict[str, Any]]) -> str:
+    """Both tables, in Markdown."""
+    head = ["rows", "what is wrong"]
+    auc_rows = [[r["source"], r["kind"], *(f"{100 * r['auc'][s]:.0f}" for s in SCORES)] for r in results]
+    precision_rows = [
+        [r["source"], r["kind"], r["noise_size"], f"{100 * r['bad'] / (r['bad'] + r['good']):.0f}",
+         f"{100 * r['noise_precision']:.0f}", *(f"{100 * r['precision'][s]:.0f}" for s in SCORES)]
+        for r in results
+    ]  # fmt: skip
+    names = [{"supervised_tokens": "length"}.get(name, name) for name in SCORES]
+    return "\n\n".join(
+        [
+            "AUC, %",
+            markdown([*head, *names], auc_rows),
+            "Share of bad rows, %: in the noise quadrant, and in as many rows with the highest score",
+            markdown([*head, "noise quadrant, rows", "bad overall", "noise quadrant", *names], precision_rows),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

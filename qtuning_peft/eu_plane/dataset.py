@@ -1,0 +1,162 @@
+"""Scoring and pruning a whole data set: with a progress bar, resumable, and in one line.
+
+Data is scored in parts of a fixed number of rows. A part's file is named by a hash of its rows, the model and the
+settings, and appears when it is complete: started again, scoring reads what is there and computes what is not, and the
+result is the same to the bit, whatever was interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
+from datasets.fingerprint import Hasher
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..atomic import replacing
+from .pruner import EUPruner
+from .scorer import EUScorer
+
+Data = TypeVar("Data", Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
+
+
+def score(
+    dataset: Data,
+    model: nn.Module,
+    tokenizer: Any = None,
+    *,
+    resume_dir: str | os.PathLike[str] | None = None,
+    rows_per_part: int = 256,
+    progress: bool = True,
+    **settings: Any,
+) -> Data:
+    """Score a data set; add the columns of [`EUScorer`].
+
+    Args:
+        dataset: The data, or several splits of it. Streamed data is scored as it is read.
+        model, tokenizer: As in [`EUScorer`].
+        resume_dir: Folder that keeps finished parts, so that an interrupted call, in this process or another, goes on
+            where it stopped. It may serve several data sets and models, and can be deleted afterwards.
+        rows_per_part: Rows scored together, sorted by length among themselves.
+        progress: Show a progress bar.
+        **settings: Of [`EUScorer`].
+
+    Returns:
+        The data with its old columns and the new ones.
+
+    Raises:
+        ValueError: when an argument or the data cannot be used.
+    """
+    if rows_per_part < 1:
+        raise ValueError(f"rows_per_part is {rows_per_part}; choose at least 1.")
+    scorer = EUScorer(model, tokenizer, **settings)
+    if isinstance(dataset, (IterableDataset, IterableDatasetDict)):
+        return dataset.map(scorer, batched=True, batch_size=rows_per_part)
+    if isinstance(dataset, DatasetDict):
+        return DatasetDict(
+            {name: _score(split, scorer, resume_dir, rows_per_part, progress) for name, split in dataset.items()}
+        )
+    return _score(dataset, scorer, resume_dir, rows_per_part, progress)
+
+
+def prune(
+    dataset: Dataset,
+    model: nn.Module,
+    tokenizer: Any = None,
+    *,
+    scoring: dict[str, Any] | None = None,
+    **pruning: Any,
+) -> Dataset:
+    """Score and prune in one line: `prune(dataset, model, tokenizer, sample_ratio=0.25, token_ratio=0.5)`.
+
+    Args:
+        dataset: The training data.
+        model, tokenizer: As in [`EUScorer`]; the tokenizer's special tokens are not trimmed.
+        scoring: Arguments of [`score`], such as `{"resume_dir": "scores"}`.
+        **pruning: Arguments of [`EUPruner`].
+
+    Returns:
+        The kept rows, with `input_ids` and `labels` that any trainer takes.
+
+    Raises:
+        ValueError: when an argument or the data cannot be used.
+    """
+    if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
+        raise ValueError("prune takes one split, as only training data is pruned; pass dataset['train'].")
+    pruner = EUPruner(tokenizer=tokenizer, **pruning)
+    if pruner.strategy in ("el2n", "ifd"):
+        scoring = {pruner.strategy: True, **(scoring or {})}
+    if isinstance(dataset, IterableDataset) and not pruner.per_batch:
+        raise ValueError("The data is streamed, so thresholds for all of it cannot be found; set per_batch to True.")
+    scored = score(dataset, model, tokenizer, **(scoring or {}))
+    if not pruner.per_batch:
+        pruner.fit(scored)
+    return scored.map(pruner, batched=True)
+
+
+def _score(
+    dataset: Dataset, scorer: EUScorer, resume_dir: str | os.PathLike[str] | None, rows_per_part: int, progress: bool
+) -> Dataset:
+    if not len(dataset):
+        raise ValueError("The data is empty; there is nothing to score.")
+    scorer.encoder.format_of(dataset.column_names)
+    dataset = dataset.with_format(None)
+    fingerprint = scorer.fingerprint()
+    parts = []
+    with (
+        part_folder(resume_dir) as folder,
+        tqdm(total=len(dataset), desc="Scoring", unit=" rows", disable=not progress) as bar,
+    ):
+        for start in range(0, len(dataset), rows_per_part):
+            indices = range(start, min(start + rows_per_part, len(dataset)))
+            rows = dataset[indices.start : indices.stop]
+            file = folder / f"{Hasher.hash([fingerprint, rows])}.arrow"
+            if file.is_file():
+                bar.update(len(indices))
+                bar.set_postfix_str("resumed")
+            else:
+                scorer.on_progress = bar.update
+                write(Dataset.from_dict(scorer(rows, indices)), file)
+                scorer.on_progress = None
+                # Rows that were not run, or in several pieces.
+                bar.n = indices.stop
+                bar.refresh()
+            parts.append(file)
+        tables = [Dataset.from_file(str(file), in_memory=resume_dir is None) for file in parts]
+    scores = concatenate_datasets(tables)
+    return concatenate_datasets(
+        [dataset.remove_columns([*{*dataset.column_names} & {*scores.column_names}]), scores], axis=1
+    )
+
+
+@contextmanager
+def part_folder(resume_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """Folder for finished parts: `resume_dir`, or one that goes away."""
+    if resume_dir is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
+        return
+    folder = Path(resume_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise ValueError(f"resume_dir is {folder}, which is a file; name a folder.") from error
+    yield folder
+
+
+def write(part: Dataset, file: Path) -> None:
+    """Write `part` to `file`, which appears when it is complete."""
+    table = part.data.table
+    with (
+        replacing(file) as unfinished,
+        pa.OSFile(str(unfinished), "wb") as sink,
+        pa.ipc.new_stream(sink, table.schema) as writer,
+    ):
+        writer.write_table(table)

@@ -1,0 +1,230 @@
+"""Rows as people have them, as tokens with labels: what is supervised is what the assistant says.
+
+    messages                [{"role": …, "content": …}, …], every assistant turn supervised (`conversations` too)
+    prompt, completion      strings, or lists of messages
+    instruction, output     Alpaca, with or without `input`
+    text                    supervised from its second token on
+    input_ids               tokens; with `labels`, `completion_mask` or `assistant_masks`, else supervised throughout;
+                            packed with `position_ids` or `seq_lengths`
+
+Conversations go through the model's chat template; a turn's tokens are those that overlap its text, its end-of-turn
+token included, as in TRL. A packed row is taken apart: its samples never see each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..loss import IGNORE_INDEX
+from .tokenized import EncodedRow, RowError, tokenized
+
+FORMATS: dict[str, tuple[str, ...]] = {
+    "tokens": ("input_ids",),
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "prompt": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+}
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+# The prompts of Stanford Alpaca, for models without a chat template.
+ALPACA_PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+ALPACA_INPUT_PROMPT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+
+class RowEncoder:
+    """Turns rows into tokens with labels.
+
+    Args:
+        tokenizer: The model's tokenizer, a fast one; `None` if the rows are tokens.
+        columns: The data's own names for the columns above, such as `{"prompt": "question", "completion": "answer"}`.
+        chat_template: Whether prompts go through the tokenizer's chat template. Without it, prompt and completion are
+            joined as they are, an end-of-sequence token behind.
+    """
+
+    def __init__(
+        self, tokenizer: Any = None, columns: Mapping[str, str] | None = None, chat_template: bool = True
+    ) -> None:
+        known = {name for names in FORMATS.values() for name in names} | OPTIONAL_COLUMNS
+        unknown = sorted(set(columns or ()) - known)
+        if unknown:
+            raise ValueError(f"columns names {', '.join(unknown)}; choose from {', '.join(sorted(known))}.")
+        self.tokenizer = tokenizer
+        self.columns = dict(columns or {})
+        self.chat_template = chat_template
+
+    def format_of(self, names: Sequence[str]) -> str:
+        """Which format rows with columns `names` have.
+
+        Raises:
+            ValueError: when it is none, or when the tokenizer cannot serve it.
+        """
+        missing = sorted(own for own in self.columns.values() if own not in names)
+        if missing:
+            raise ValueError(f"The data has no column {', '.join(missing)}; its columns are {', '.join(names)}.")
+        canonical = {*names, *self.columns}
+        found = next((name for name, needed in FORMATS.items() if canonical.issuperset(needed)), None)
+        if found is None:
+            raise ValueError(
+                f"The data's columns are {', '.join(names) or 'none'}; needed are input_ids, messages, prompt and "
+                "completion, instruction and output, or text: name yours with columns, such as "
+                "{'prompt': 'question', 'completion': 'answer'}."
+            )
+        if found == "tokens":
+            return found
+        if self.tokenizer is None:
+            raise ValueError("tokenizer is None, but the rows are not tokenized; pass the model's tokenizer.")
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} cannot say which text a token stands for; load a fast one, "
+                "or pass rows with input_ids and labels."
+            )
+        needs_template = found in ("messages", "conversations") or (self.chat_template and found != "text")
+        if needs_template and not getattr(self.tokenizer, "chat_template", None):
+            advice = "" if found in ("messages", "conversations") else ", or set chat_template to False"
+            raise ValueError(f"The tokenizer has no chat template; set tokenizer.chat_template to the model's{advice}.")
+        return found
+
+    def encode(self, row: Mapping[str, Any], kind: str) -> EncodedRow:
+        """Tokens of one row.
+
+        Args:
+            row: The row, with the data's own column names.
+            kind: What `format_of` returned.
+
+        Raises:
+            RowError: when this row has no such tokens.
+        """
+        row = {**row, **{name: row[own] for name, own in self.columns.items()}}
+        try:
+            if kind == "tokens":
+                return tokenized(row)
+            return getattr(self, f"_{kind}")(row)
+        except RowError:
+            raise
+        except Exception as error:
+            # Rows are other people's data, and templates are programs: whatever goes wrong is about this row alone.
+            reason = str(error).strip().splitlines()
+            raise RowError(f"{type(error).__name__}: {reason[0] if reason else 'no message'}") from error
+
+    # -- formats -------------------------------------------------------------------------------------------------------
+
+    def _messages(self, row: Mapping[str, Any]) -> EncodedRow:
+        return self._conversation(row["messages"], row)
+
+    def _conversations(self, row: Mapping[str, Any]) -> EncodedRow:
+        turns = row["conversations"]
+        if turns and "from" in turns[0]:
+            turns = [
+                {"role": SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in turns
+            ]
+        return self._conversation(turns, row)
+
+    def _prompt(self, row: Mapping[str, Any]) -> EncodedRow:
+        prompt, completion = row["prompt"], row["completion"]
+        if isinstance(prompt, str) != isinstance(completion, str):
+            raise RowError("one of prompt and completion is a string and the other is not")
+        if not isinstance(prompt, str):
+            before = self._render(prompt, row, add_generation_prompt=True)
+            text = self._render([*prompt, *completion], row)
+            return self._tokens(text, [(_length_of_prefix(text, before), len(text))])
+        return self._prompt_and_answer(prompt, completion, row)
+
+    def _alpaca(self, row: Mapping[str, Any]) -> EncodedRow:
+        context = row.get("input") or ""
+        if self.chat_template:
+            prompt = f"{row['instruction']}\n\n{context}" if context else row["instruction"]
+        else:
+            template = ALPACA_INPUT_PROMPT if context else ALPACA_PROMPT
+            prompt = template.format(instruction=row["instruction"], input=context)
+        return self._prompt_and_answer(prompt, row["output"], row)
+
+    def _text(self, row: Mapping[str, Any]) -> EncodedRow:
+        text, end = _string(row["text"], "text"), self.tokenizer.eos_token or ""
+        if not text:
+            raise RowError("empty: text has no characters")
+        return self._tokens(text if text.endswith(end) else text + end, None, add_special_tokens=True)
+
+    def _prompt_and_answer(self, prompt: Any, answer: Any, row: Mapping[str, Any]) -> EncodedRow:
+        prompt, answer = _string(prompt, "the prompt"), _string(answer, "the answer")
+        if self.chat_template:
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+            return self._conversation(turns, row)
+        text = prompt + answer + (self.tokenizer.eos_token or "")
+        return self._tokens(text, [(len(prompt), len(text))], add_special_tokens=True)
+
+    # -- text to tokens ------------------------------------------------------------------------------------------------
+
+    def _conversation(self, messages: Any, row: Mapping[str, Any]) -> EncodedRow:
+        # `datasets` fills keys that only some messages have with None, which templates take for a value.
+        messages = [{key: value for key, value in message.items() if value is not None} for message in messages or ()]
+        if not messages:
+            raise RowError("empty: no messages")
+        if "{% generation" in self.tokenizer.chat_template.replace("{%-", "{%"):
+            return self._marked_conversation(messages, row)
+        text = self._render(messages, row)
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = self._render(messages[:index], row, add_generation_prompt=True) if index else ""
+                after = self._render(messages[: index + 1], row)
+                spans.append((_length_of_prefix(text, before), _length_of_prefix(text, after)))
+        return self._tokens(text, spans)
+
+    def _marked_conversation(self, messages: list[Any], row: Mapping[str, Any]) -> EncodedRow:
+        """Tokens under a template that marks the assistant's text itself."""
+        encoding = self.tokenizer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True, **_template_arguments(row)
+        )
+        return tokenized({key: encoding[key] for key in ("input_ids", "assistant_masks")})
+
+    def _render(self, messages: Sequence[Any], row: Mapping[str, Any], add_generation_prompt: bool = False) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **_template_arguments(row),
+        )
+        return text
+
+    def _tokens(self, text: str, spans: list[tuple[int, int]] | None, add_special_tokens: bool = False) -> EncodedRow:
+        """Tokens of `text`, supervised where they overlap one of the character ranges `spans`, or everywhere."""
+        encoding = self.tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+        input_ids, labels = list(encoding["input_ids"]), []
+        for token, (start, end) in zip(input_ids, encoding["offset_mapping"], strict=True):
+            inside = spans is None or any(start < stop and end > begin for begin, stop in spans)
+            labels.append(token if inside else IGNORE_INDEX)
+        return EncodedRow(input_ids, labels)
+
+
+OPTIONAL_COLUMNS = {
+    "input", "labels", "attention_mask", "completion_mask", "assistant_masks", "position_ids", "seq_lengths",
+    "tools", "chat_template_kwargs",
+}  # fmt: skip
+
+
+def _template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"tools": row.get("tools") or None, **(row.get("chat_template_kwargs") or {})}
+
+
+def _string(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise RowError(f"{name} is {type(value).__name__} instead of a string")
+    return value
+
+
+def _length_of_prefix(text: str, prefix: str) -> int:
+    if not text.startswith(prefix):
+        raise RowError(
+            "the chat template writes earlier turns differently once later ones follow, so that turns cannot be told "
+            "apart; pass one conversation per answer as prompt and completion, or tokens with labels"
+        )
+    return len(prefix)

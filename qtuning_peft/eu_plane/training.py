@@ -1,0 +1,253 @@
+"""Pruning every mini-batch while training, under the model as it is then: the published form of Q-Tuning.
+
+`EUPruningCallback` goes to `Trainer` or TRL's `SFTTrainer`. It wraps the collator of the training data, and of that
+alone: each batch is scored, divided on its own Error-Uncertainty plane, and handed on with the kept samples, their
+`labels` trimmed. The trainer counts what is left, so that gradient accumulation divides by the tokens that were kept.
+
+With a side network the base's own scores are used: the base then runs once for each batch, the scores come from that
+pass, and the training step takes its hidden states for the kept samples, the only ones the side network sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..loss import IGNORE_INDEX
+from ..side_tuning.base_states import BaseStates, base_states, side_tuning_layer, use_in_next_forward
+from .batching import Piece, mean, run
+from .pruner import EUPruner
+from .scores import causal_model, scores_of_hidden_states
+from .selection import KEEP, TRIM
+from .tokenized import RowError, tokenized
+
+# Tensors of a batch with one entry for each token.
+PER_TOKEN = ("input_ids", "labels", "attention_mask", "position_ids", "completion_mask", "assistant_masks")
+# The data loader fetches one batch ahead of the step.
+MAX_WAITING = 2
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sample lies in a batch: its row, its first column and the one behind its last."""
+
+    row: int
+    start: int
+    stop: int
+
+
+class PruningCollator:
+    """A collator that prunes what another one returns.
+
+    Args:
+        collate: The other collator; returns `input_ids`, `labels` and, if there is padding, `attention_mask`, each
+            (batch, length), and `position_ids` if samples are packed.
+        model: The model that is trained.
+        pruner: What to keep; its thresholds are found in every batch.
+        tokens_per_batch: Tokens in a forward pass that scores, padding included.
+
+    Attributes:
+        samples, kept_samples, tokens, kept_tokens: Counts so far; tokens are supervised ones.
+    """
+
+    def __init__(
+        self, collate: Callable[[list[Any]], Any], model: nn.Module, pruner: EUPruner, tokens_per_batch: int = 4096
+    ) -> None:
+        self.collate = collate
+        self.model = model
+        self.pruner = pruner
+        self.tokens_per_batch = tokens_per_batch
+        self.samples = self.kept_samples = self.tokens = self.kept_tokens = 0
+
+    def __call__(self, examples: list[Any]) -> dict[str, Any]:
+        """Collate `examples` and prune the batch.
+
+        Raises:
+            ValueError: when the batch has no labels, or packed samples whose positions do not tell them apart.
+        """
+        batch: dict[str, Any] = dict(self.collate(examples))
+        places, pieces = samples_of(batch)
+        if not pieces:
+            return batch
+        scores, states = self._score(batch, places, pieces)
+        columns: dict[str, list[Any]] = {
+            "error": [mean(values) for values in scores["token_error"]],
+            "uncertainty": [mean(values) for values in scores["token_uncertainty"]],
+            "supervised_tokens": [len(values) for values in scores["token_error"]],
+            "input_ids": [piece.input_ids for piece in pieces],
+        }
+        if "token_el2n" in scores:
+            columns["el2n"] = [mean(values) for values in scores["token_el2n"]]
+
+        labels = torch.full_like(batch["labels"], IGNORE_INDEX)
+        kept_places = []
+        for index, quadrant in enumerate(self.pruner.quadrants(columns)):
+            if quadrant in KEEP:
+                place, piece = places[index], pieces[index]
+                columns_of_tokens = np.flatnonzero(np.array(piece.labels) != IGNORE_INDEX) + place.start
+                if quadrant in TRIM and self.pruner.token_ratio < 1:
+                    row = {"input_ids": piece.input_ids, "labels": piece.labels} | {
+                        name: values[index] for name, values in scores.items()
+                    }
+                    columns_of_tokens = columns_of_tokens[self.pruner.kept_tokens(row)]
+                labels[place.row, columns_of_tokens] = batch["labels"][place.row, columns_of_tokens]
+                kept_places.append(place)
+        self.samples += len(pieces)
+        self.kept_samples += len(kept_places)
+        self.tokens += sum(columns["supervised_tokens"])
+        self.kept_tokens += int((labels != IGNORE_INDEX).sum())
+        return self._without_dropped(batch | {"labels": labels}, kept_places, states)
+
+    def _score(
+        self, batch: dict[str, Any], places: list[Place], pieces: list[Piece]
+    ) -> tuple[dict[str, list[np.ndarray]], BaseStates | None]:
+        """Scores of every sample's tokens, and the base's states if there is a side network to use them."""
+        el2n = self.pruner.strategy == "el2n"
+        layer = side_tuning_layer(self.model)
+        if layer is None or layer.active_network() is None:
+            return run(self.model, pieces, len(pieces), self.tokens_per_batch, el2n), None
+        model = causal_model(self.model)
+        device = model.get_input_embeddings().weight.device
+        inputs = {n: batch[n].to(device) for n in ("input_ids", "attention_mask", "position_ids") if n in batch}
+        labels = torch.full_like(batch["labels"], IGNORE_INDEX)
+        for place, piece in zip(places, pieces, strict=True):
+            labels[place.row, place.start : place.stop] = torch.tensor(piece.labels)
+        with torch.no_grad():
+            states = base_states(self.model, **inputs)
+            found = scores_of_hidden_states(model, states.output, labels.to(device), el2n)
+        ends = np.cumsum([sum(label != IGNORE_INDEX for label in piece.labels) for piece in pieces])
+        names = ("token_error", "token_uncertainty", "token_el2n")
+        return {
+            name: np.split(values.double().cpu().numpy(), ends[:-1])
+            for name, values in zip(names, found, strict=True)
+            if values is not None
+        }, states
+
+    def _without_dropped(self, batch: dict[str, Any], kept: list[Place], states: BaseStates | None) -> dict[str, Any]:
+        """`batch` without dropped samples: without their rows, or, in a packed row, without their tokens."""
+        rows = sorted({place.row for place in kept})
+        count, length = batch["labels"].shape
+        if len(rows) < count:
+            batch = {
+                name: value[rows] if isinstance(value, Tensor) and value.dim() and value.shape[0] == count else value
+                for name, value in batch.items()
+            }
+        if states is not None:
+            layer = side_tuning_layer(self.model)
+            assert layer is not None
+            # Further ahead, as under gradient accumulation, states would cost more memory than the base's pass time.
+            if len(layer.waiting_states) < MAX_WAITING:
+                use_in_next_forward(self.model, states.rows(torch.tensor(rows)))
+            return batch
+        used = torch.zeros(length, dtype=torch.bool)
+        for place in kept:
+            used[place.start : place.stop] = True
+        # Boundaries of packed samples that a collator has worked out itself would no longer hold.
+        if all(name in PER_TOKEN for name, value in batch.items() if isinstance(value, Tensor)):
+            batch = {n: value[:, used] if isinstance(value, Tensor) else value for n, value in batch.items()}
+        return batch
+
+
+class EUPruningCallback(TrainerCallback):
+    """Prunes every training batch of `Trainer` or `SFTTrainer`: `Trainer(..., callbacks=[EUPruningCallback(pruner)])`.
+
+    The logs get `kept_samples` and `kept_tokens`, the shares kept since the last entry.
+
+    Args:
+        pruner: What to keep of a batch, with a `sample_ratio`. Thresholds are found in every batch, so `fit` is not
+            called, and batches should be large: of 8 samples, a quarter is 2.
+        tokens_per_batch: Tokens in a forward pass that scores, padding included.
+
+    Raises:
+        ValueError: when the pruner needs what a batch does not have, or when data is loaded in other processes.
+    """
+
+    def __init__(self, pruner: EUPruner, tokens_per_batch: int = 4096) -> None:
+        if pruner.sample_ratio is None:
+            raise ValueError("sample_ratio is None; budgets of mini-batches are shares of their samples.")
+        for name, wrong in (
+            ("remove_tokens", pruner.remove_tokens),
+            ("stratum_column", pruner.stratum_column),
+            ("max_repetition", pruner.max_repetition),
+            ("keep_dropped", pruner.keep_dropped),
+        ):
+            if wrong:
+                raise ValueError(f"{name} is {wrong}; it works on data sets, not on mini-batches.")
+        if pruner.strategy == "ifd" or pruner.token_strategy == "rho1":
+            raise ValueError("ifd and rho1 need passes of their own; score the data set and prune it before training.")
+        self.pruner = replace(pruner, per_batch=True)
+        self.tokens_per_batch = tokens_per_batch
+        self.collator: PruningCollator | None = None
+        self._logged = np.zeros(4, np.int64)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Wrap the collator of the training data."""
+        loader = getattr(kwargs["train_dataloader"], "base_dataloader", kwargs["train_dataloader"])
+        if loader.num_workers:
+            raise ValueError(
+                f"dataloader_num_workers is {loader.num_workers}, but batches are scored with the model, which lives "
+                "in this process; set it to 0."
+            )
+        self.collator = PruningCollator(loader.collate_fn, kwargs["model"], self.pruner, self.tokens_per_batch)
+        loader.collate_fn = self.collator
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add what was kept to the training log."""
+        logs, collator = kwargs.get("logs"), self.collator
+        if logs is None or collator is None or "loss" not in logs:
+            return
+        counts = np.array([collator.kept_samples, collator.samples, collator.kept_tokens, collator.tokens])
+        since, self._logged = counts - self._logged, counts
+        if since[1]:
+            kept = {
+                "kept_samples": round(float(since[0] / since[1]), 4),
+                "kept_tokens": round(float(since[2] / since[3]), 4),
+            }
+            logs.update(kept)
+            # The trainer has copied the entry into its history already.
+            state.log_history[-1].update(kept)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the training data its collator back."""
+        loader = getattr(kwargs["train_dataloader"], "base_dataloader", kwargs["train_dataloader"])
+        if self.collator is not None and loader.collate_fn is self.collator:
+            loader.collate_fn = self.collator.collate
+        layer = side_tuning_layer(kwargs["model"])
+        if layer is not None:
+            layer.waiting_states.clear()
+
+
+def samples_of(batch: dict[str, Any]) -> tuple[list[Place], list[Piece]]:
+    """The samples of a batch that have supervised tokens, without padding, and where they lie.
+
+    Raises:
+        ValueError: when the batch lacks tensors, or its samples cannot be told apart.
+    """
+    for name in ("input_ids", "labels"):
+        if not isinstance(batch.get(name), Tensor):
+            raise ValueError(f"The collator returns no {name}, which pruning needs; use one that does.")
+    places: list[Place] = []
+    pieces: list[Piece] = []
+    for row, labels in enumerate(batch["labels"]):
+        values = {n: batch[n][row] for n in ("input_ids", "attention_mask", "position_ids") if n in batch}
+        seen = torch.nonzero(values.get("attention_mask", torch.ones_like(labels))).flatten()
+        try:
+            encoded = tokenized(values | {"labels": labels})
+        except RowError as error:
+            raise ValueError(f"Row {row} of a batch cannot be pruned: {error}.") from error
+        for start, stop in pairwise(encoded.bounds):
+            if any(label != IGNORE_INDEX for label in encoded.labels[start:stop]):
+                pieces.append(Piece(len(pieces), encoded.input_ids[start:stop], encoded.labels[start:stop]))
+                places.append(Place(row, int(seen[0]) + start, int(seen[0]) + stop))
+    return places, pieces

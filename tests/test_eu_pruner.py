@@ -1,0 +1,284 @@
+"""Which samples and tokens are kept, by every strategy and budget."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from qtuning_peft import EUPruner
+from qtuning_peft.eu_plane.repetition import repetition
+from qtuning_peft.eu_plane.strategies import SAMPLE_STRATEGIES
+from qtuning_peft.eu_plane.tokens import keep_lowest, neighbour_scores, pieces_of
+
+KEPT = ("misconception", "calibration", "kept")
+
+
+def scored_data(count: int = 40, seed: int = 0) -> Dataset:
+    """Rows as a scorer leaves them: two tokens of prompt, then 1 to 20 supervised ones."""
+    draw = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        tokens = int(draw.integers(1, 21))
+        token_error = draw.exponential(1.5, tokens).astype(np.float32)
+        answer = draw.integers(10, 100, tokens).tolist()
+        rows.append(
+            {
+                "id": index,
+                "group": "abc"[index % 3],
+                "input_ids": [1, 2, *answer],
+                "labels": [-100, -100, *answer],
+                "error": float(token_error.astype(np.float64).mean()),
+                "uncertainty": float(draw.exponential(1.0)),
+                "supervised_tokens": tokens,
+                "token_error": token_error.tolist(),
+                "token_uncertainty": draw.exponential(1.0, tokens).astype(np.float32).tolist(),
+                "token_reference_error": draw.exponential(1.0, tokens).astype(np.float32).tolist(),
+                "repetition": 0.9 if index == 3 else 0.0,
+                "el2n": float(draw.random()),
+                "ifd": float(draw.random() * 1.2),
+                "unscored": "",
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+def supervised(row: dict[str, Any]) -> list[int]:
+    return [label for label in row["labels"] if label != -100]
+
+
+@pytest.mark.parametrize("ratio", [0.125, 0.25, 0.5, 0.75])
+@pytest.mark.parametrize("strategy", ["eu_plane", *SAMPLE_STRATEGIES])
+def test_share_of_samples_is_met(strategy: str, ratio: float) -> None:
+    scored = scored_data(41)
+    if strategy == "longest":
+        # Lengths repeat: rows of equal length share their fate, and the nearest count is said.
+        scored = scored.remove_columns("supervised_tokens").add_column("supervised_tokens", list(range(1, 42)))
+    pruner = EUPruner(sample_ratio=ratio, strategy=strategy).fit(scored)
+    kept = scored.map(pruner, batched=True, batch_size=7)
+    assert len(kept) == pruner.pruned.kept_samples == math.floor(41 * ratio + 0.5)
+    assert pruner.pruned.notes == []
+
+
+@pytest.mark.parametrize("strategy", ["eu_plane", "random", "highest_perplexity"])
+@pytest.mark.parametrize("token_ratio", [0.3, 1.0])
+def test_budget_of_tokens_is_met_to_one_sample(strategy: str, token_ratio: float) -> None:
+    scored = scored_data(200)
+    pruner = EUPruner(num_tokens=400, token_ratio=token_ratio, strategy=strategy).fit(scored)
+    kept = scored.map(pruner, batched=True)
+    tokens = sum(len(supervised(row)) for row in kept)
+    assert tokens == pruner.pruned.kept_tokens == sum(kept["supervised_tokens"])
+    assert abs(tokens - 400) <= 10
+
+
+def test_number_of_samples_is_met() -> None:
+    assert EUPruner(num_samples=11).fit(scored_data()).pruned.kept_samples == 11
+    assert EUPruner(num_samples=1000).fit(scored_data()).pruned.kept_samples == 40
+
+
+def test_strata_each_meet_the_share() -> None:
+    scored = scored_data(60)
+    kept = scored.map(EUPruner(sample_ratio=0.3, stratum_column="group").fit(scored), batched=True)
+    assert {group: kept["group"][:].count(group) for group in "abc"} == dict.fromkeys("abc", 6)
+    uneven = scored.select([*range(0, 60, 3), 1, 2, 5])
+    pruner = EUPruner(sample_ratio=0.5, stratum_column="group").fit(uneven)
+    assert pruner.pruned.kept_samples == 12
+    with pytest.raises(ValueError, match="group is 'c' in a row, a value that fit has not seen"):
+        EUPruner(sample_ratio=0.5, stratum_column="group").fit(scored.select([0, 1, 3, 4])).quadrants(scored)
+
+
+def test_kept_rows_are_whole_or_trimmed_misconceptions() -> None:
+    scored = scored_data(200)
+    kept = scored.map(EUPruner(sample_ratio=0.5, token_ratio=0.5).fit(scored), batched=True)
+    assert set(kept["quadrant"]) == {"misconception", "calibration"}
+    for row in kept:
+        before = scored[row["id"]]
+        assert row["input_ids"] == before["input_ids"]
+        if row["quadrant"] == "calibration":
+            assert row["labels"] == before["labels"]
+            continue
+        assert len(supervised(row)) == max(1, math.floor(0.5 * before["supervised_tokens"] + 0.5))
+        assert len(row["token_error"]) == len(row["token_uncertainty"]) == len(supervised(row))
+        scores = neighbour_scores(np.array(before["token_error"]))
+        stays = [label != -100 for label in row["labels"][2:]]
+        dropped = scores[~np.array(stays)]
+        assert not len(dropped) or scores[stays].max() <= dropped.min()
+
+
+def test_neighbour_aware_score_is_its_equation() -> None:
+    error = np.log([2.0, 8.0, 1.0, 4.0])
+    for weight in (0.0, 0.5, 1.0):
+        expected = [
+            (1 - weight) * own + weight * (left + right) / 2
+            for own, left, right in ((2, 2, 8), (8, 2, 1), (1, 8, 4), (4, 1, 4))
+        ]
+        np.testing.assert_allclose(neighbour_scores(error, weight), expected)
+    assert np.isfinite(neighbour_scores(np.array([1e6, 0.0]))).all()
+
+
+def test_protected_tokens_stay_and_count() -> None:
+    scores, protected = np.array([5.0, 1.0, 2.0, 4.0, 3.0]), np.array([True, False, False, True, False])
+    assert keep_lowest(scores, 0.6, protected).tolist() == [True, True, False, True, False]
+    assert keep_lowest(scores, 0.2, protected).tolist() == [True, False, False, True, False]
+    assert keep_lowest(np.ones(4), 0.5, np.zeros(4, bool)).tolist() == [True, True, False, False]
+
+
+def test_either_end_of_the_ranking_can_be_kept() -> None:
+    row = scored_data(1)[0] | {"token_error": [0.1, 3.0, 0.2, 5.0], "labels": [-100, 5, 6, 7, 8]}
+    lowest = EUPruner(sample_ratio=1, token_ratio=0.5, neighbour_weight=0).kept_tokens(row)
+    highest = EUPruner(sample_ratio=1, token_ratio=0.5, neighbour_weight=0, keep_tokens="highest").kept_tokens(row)
+    assert lowest.tolist() == [True, False, True, False]
+    assert highest.tolist() == [False, True, False, True]
+
+
+def test_rho1_keeps_the_highest_excess_error() -> None:
+    row = scored_data(1)[0] | {"labels": [-100, 5, 6, 7]}
+    row |= {"token_error": [3.0, 3.0, 1.0], "token_reference_error": [2.9, 1.0, 2.0]}
+    kept = EUPruner(sample_ratio=1, token_ratio=0.34, token_strategy="rho1").kept_tokens(row)
+    assert kept.tolist() == [False, True, False]
+
+
+def test_removed_tokens_leave_the_input_and_positions_are_counted_anew() -> None:
+    row = {
+        "input_ids": [1, 2, 3, 4, 5, 6],
+        "labels": [-100, 2, 3, -100, 5, 6],
+        "position_ids": [0, 1, 2, 0, 1, 2],
+        "seq_lengths": [3, 3],
+        "attention_mask": [1] * 6,
+        "token_error": [9.0, 0.1, 0.1, 9.0],
+        "supervised_tokens": 4,
+    }
+    trimmed = EUPruner(sample_ratio=1, token_ratio=0.5, neighbour_weight=0, remove_tokens=True).trim(row)
+    assert trimmed["input_ids"] == [1, 3, 4, 5]
+    assert trimmed["labels"] == [-100, 3, -100, 5]
+    assert trimmed["position_ids"] == [0, 1, 0, 1]
+    assert trimmed["seq_lengths"] == [2, 2]
+    assert trimmed["attention_mask"] == [1] * 4
+    assert trimmed["supervised_tokens"] == 2
+
+
+def test_pruning_per_batch_needs_no_fit() -> None:
+    scored = scored_data(40)
+    kept = scored.map(EUPruner(sample_ratio=0.25, per_batch=True), batched=True, batch_size=8)
+    assert len(kept) == 10
+    assert sorted(index // 8 for index in kept["id"]) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    streamed = scored.to_iterable_dataset().map(EUPruner(sample_ratio=0.25, per_batch=True), batched=True, batch_size=8)
+    assert [row["id"] for row in streamed] == kept["id"][:]
+
+
+def test_what_was_fitted_does_not_depend_on_batches() -> None:
+    scored = scored_data(50)
+    for strategy in ("eu_plane", "random", "infobatch"):
+        pruner = EUPruner(sample_ratio=0.4, strategy=strategy, seed=3).fit(scored)
+        whole = scored.map(pruner, batched=True, batch_size=50)["id"][:]
+        assert scored.map(pruner, batched=True, batch_size=3)["id"][:] == whole
+        reversed_rows = scored.select(range(49, -1, -1))
+        assert reversed_rows.map(pruner, batched=True)["id"][:] == whole[::-1]
+        if strategy != "eu_plane":
+            assert EUPruner(sample_ratio=0.4, strategy=strategy, seed=4).fit(scored).quadrants(scored).tolist() != (
+                pruner.quadrants(scored).tolist()
+            )
+
+
+def test_dropped_rows_are_named_when_they_are_kept() -> None:
+    scored = scored_data(80)
+    pruner = EUPruner(sample_ratio=0.5, token_ratio=0.5, keep_dropped=True, max_repetition=0.5).fit(scored)
+    rows = scored.map(pruner, batched=True)
+    assert len(rows) == 80
+    assert set(rows["quadrant"]) == {"noise", "redundant", "misconception", "calibration", "degenerate"}
+    assert rows[3]["quadrant"] == "degenerate"
+    for row in rows:
+        if row["quadrant"] not in KEPT:
+            assert row["labels"] == scored[row["id"]]["labels"]
+    assert pruner.pruned.counts == {name: rows["quadrant"][:].count(name) for name in pruner.pruned.counts}
+
+
+def test_rows_without_a_score_are_said_and_not_kept() -> None:
+    scored = scored_data(20).map(
+        lambda row, index: {"error": math.nan, "unscored": "too long"} if index in (4, 5) else {}, with_indices=True
+    )
+    with pytest.warns(UserWarning, match="2 rows have no score and are not kept"):
+        pruner = EUPruner(sample_ratio=0.5).fit(scored)
+    assert pruner.pruned.kept_samples == 10
+    assert pruner.pruned.counts["unscored"] == 2
+    assert not {4, 5} & set(scored.map(pruner, batched=True)["id"])
+    with pytest.warns(UserWarning, match="only 18 can be"):
+        EUPruner(sample_ratio=1.0).fit(scored)
+
+
+def test_ties_are_said() -> None:
+    scored = scored_data(20).map(lambda row: {"error": 1.0, "uncertainty": 1.0})
+    with pytest.warns(UserWarning, match="kept instead of 5: samples with equal scores"):
+        pruner = EUPruner(sample_ratio=0.25).fit(scored)
+    assert math.isnan(pruner.pruned.correlation)
+
+
+def test_correlation_is_that_of_ranks() -> None:
+    scored = scored_data(3)
+    columns = scored.to_dict() | {"error": [1.0, 2.0, 3.0], "uncertainty": [1.0, 10.0, 5.0]}
+    assert EUPruner(sample_ratio=1.0).fit(columns).pruned.correlation == pytest.approx(0.5)
+
+
+def test_repetition_is_the_share_of_repeated_four_grams() -> None:
+    assert repetition([1, 2, 3, 4, 5, 6, 7, 8]) == 0
+    assert repetition([1, 2, 3, 4]) == repetition([]) == 0
+    assert repetition([1, 2] * 10) == pytest.approx(1 - 2 / 17)
+
+
+def test_pieces_put_together_are_the_text() -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    # Bytes as tokens, so that one character is two or three of them, and words without their leading space.
+    bytes_of = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=bytes_of, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    text = "a é b 漢 #### 42"
+    pieces = pieces_of(tokenizer, tokenizer(text)["input_ids"])
+    assert len(pieces) == len(text.encode())
+    assert "".join(pieces) == text
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"sample_ratio": 0}, "sample_ratio is 0; choose a share in (0, 1]."),
+        ({"sample_ratio": 1.5}, "sample_ratio is 1.5"),
+        ({"sample_ratio": float("nan")}, "sample_ratio is nan"),
+        ({"sample_ratio": 0.5, "token_ratio": -1}, "token_ratio is -1"),
+        ({"num_tokens": 0}, "num_tokens is 0"),
+        ({}, "No budget is given"),
+        ({"sample_ratio": 0.5, "num_samples": 3}, "sample_ratio and num_samples is given"),
+        ({"sample_ratio": 0.5, "strategy": "best"}, "strategy is 'best'; choose one of eu_plane, random"),
+        ({"sample_ratio": 0.5, "keep_tokens": "top"}, "keep_tokens is 'top'"),
+        ({"sample_ratio": 0.5, "neighbour_weight": 2}, "neighbour_weight is 2"),
+        ({"sample_ratio": 0.5, "protect": "x"}, "tokenizer is None"),
+        ({"sample_ratio": 0.5, "protect": "("}, "no regular expression"),
+        ({"num_tokens": 5, "stratum_column": "group"}, "stratum_column is given without sample_ratio"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (the sentence is compared below)
+        EUPruner(**options)
+    assert sentence in str(error.value)
+
+
+def test_wrong_data_is_one_sentence() -> None:
+    scored = scored_data(5)
+    with pytest.raises(ValueError, match="no column error; score the data"):
+        EUPruner(sample_ratio=0.5).fit(scored.remove_columns("error"))
+    with pytest.raises(ValueError, match="ifd=True"):
+        EUPruner(sample_ratio=0.5, strategy="ifd").fit(scored.remove_columns("ifd"))
+    with pytest.raises(ValueError, match="The data is empty"):
+        EUPruner(sample_ratio=0.5).fit(scored.select([]))
+    with pytest.raises(ValueError, match="error of row 0 is nan"):
+        EUPruner(sample_ratio=0.5).fit(scored.map(lambda row: {"error": math.nan}))
+    with pytest.raises(ValueError, match=r"call fit\(scored\)"):
+        scored.map(EUPruner(sample_ratio=0.5), batched=True)
+    with pytest.raises(ValueError, match="None of the 5 rows can be kept"):
+        EUPruner(sample_ratio=0.5, max_repetition=0.0).fit(scored.map(lambda row: {"repetition": 1.0}))

@@ -1,0 +1,295 @@
+"""Error and uncertainty of tokens and samples, against an independent computation and under any batching."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, randomize_side_network, tiny, token_ids
+from datasets import Dataset, DatasetDict
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaModel,
+    PreTrainedModel,
+)
+
+from qtuning_peft import EUScorer, SideTuningConfig
+from qtuning_peft.eu_plane import scores as scores_module
+from qtuning_peft.eu_plane.scores import token_scores
+
+SCORES = ("error", "uncertainty", "el2n", "ifd", "supervised_tokens")
+
+
+def rows_of_tokens(count: int = 7, seed: int = 0) -> dict[str, list[list[int]]]:
+    """Rows of 5 to 15 tokens, the first three of which are a prompt."""
+    draw = np.random.default_rng(seed)
+    input_ids = [draw.integers(3, 100, draw.integers(5, 16)).tolist() for _ in range(count)]
+    return {"input_ids": input_ids, "labels": [[-100] * 3 + row[3:] for row in input_ids]}
+
+
+def by_definition(
+    model: torch.nn.Module, row: list[int], labels: list[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Error, uncertainty and EL2N of a row's supervised tokens from the model's own logits, in NumPy."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([row])).logits[0].double().numpy()
+    error, uncertainty, el2n = [], [], []
+    for t in range(1, len(row)):
+        if labels[t] != -100:
+            p = np.exp(logits[t - 1] - logits[t - 1].max())
+            p /= p.sum()
+            error.append(-np.log(p[labels[t]]))
+            uncertainty.append(-sum(v * np.log(v) for v in p))
+            el2n.append(np.linalg.norm(p - np.eye(len(p))[labels[t]]))
+    return np.array(error), np.array(uncertainty), np.array(el2n)
+
+
+def with_scaled_or_capped_logits() -> list[PreTrainedModel]:
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    shape |= {"vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return [
+        Gemma2ForCausalLM(Gemma2Config(**shape, num_key_value_heads=2, head_dim=16, final_logit_softcapping=0.1)),
+        CohereForCausalLM(CohereConfig(**shape, logit_scale=3.0)),
+        GraniteForCausalLM(GraniteConfig(**shape, logits_scaling=7.0)),
+    ]
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "qwen3_moe"])
+def test_scores_are_their_definition(family: str) -> None:
+    model, rows = tiny(family).double(), rows_of_tokens()
+    scored = EUScorer(model, el2n=True)(rows)
+    for index, (row, labels) in enumerate(zip(rows["input_ids"], rows["labels"], strict=True)):
+        error, uncertainty, el2n = by_definition(model, row, labels)
+        assert scored["error"][index] == pytest.approx(error.mean(), abs=1e-9)
+        assert scored["uncertainty"][index] == pytest.approx(uncertainty.mean(), abs=1e-9)
+        assert scored["el2n"][index] == pytest.approx(el2n.mean(), abs=1e-9)
+        np.testing.assert_allclose(scored["token_error"][index], error, atol=1e-6)
+        np.testing.assert_allclose(scored["token_uncertainty"][index], uncertainty, atol=1e-6)
+        assert scored["supervised_tokens"][index] == len(error) == len(row) - 3
+
+
+@pytest.mark.parametrize("model", with_scaled_or_capped_logits(), ids=lambda m: type(m).__name__)
+def test_what_a_family_does_behind_its_head_counts(model: PreTrainedModel) -> None:
+    model, rows = model.double().eval(), rows_of_tokens(2)
+    scored = EUScorer(model)(rows)
+    error, uncertainty, _ = by_definition(model, rows["input_ids"][0], rows["labels"][0])
+    assert scored["error"][0] == pytest.approx(error.mean(), abs=1e-9)
+    assert scored["uncertainty"][0] == pytest.approx(uncertainty.mean(), abs=1e-9)
+
+
+def test_mixture_of_experts_is_scored() -> None:
+    # Not in float64: its grouped matrix product does not know that.
+    model, rows = tiny("qwen3_moe"), rows_of_tokens(2)
+    error, uncertainty, _ = by_definition(model, rows["input_ids"][0], rows["labels"][0])
+    scored = EUScorer(model)(rows)
+    assert scored["error"][0] == pytest.approx(error.mean(), abs=1e-5)
+    assert scored["uncertainty"][0] == pytest.approx(uncertainty.mean(), abs=1e-5)
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 16, 40, 10_000])
+def test_batches_do_not_matter(tokens_per_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = tiny().double(), rows_of_tokens(20)
+    expected = EUScorer(model, el2n=True, ifd=True)(rows)
+    monkeypatch.setitem(scores_module.CHUNK_ELEMENTS, "cpu", 7 * 100)
+    scored = EUScorer(model, el2n=True, ifd=True, tokens_per_batch=tokens_per_batch)(rows)
+    for name in SCORES:
+        np.testing.assert_allclose(scored[name], expected[name], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_matter(side: str) -> None:
+    model, rows = tiny().double(), rows_of_tokens()
+    expected = EUScorer(model)(rows)
+    padded: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "attention_mask": []}
+    for row, labels in zip(rows["input_ids"], rows["labels"], strict=True):
+        for name, values, fill in (
+            ("input_ids", row, 5),
+            ("labels", labels, 7),  # as wrong labels under padding would be
+            ("attention_mask", [1] * len(row), 0),
+        ):
+            padding = [fill] * (20 - len(row))
+            padded[name].append(padding + values if side == "left" else values + padding)
+    scored = EUScorer(model)(padded)
+    np.testing.assert_allclose(scored["error"], expected["error"], atol=1e-9, rtol=0)
+    assert [list(row) for row in scored["labels"]] == [list(row) for row in expected["labels"]]
+
+
+@pytest.mark.parametrize("packing", ["position_ids", "seq_lengths"])
+def test_packed_samples_do_not_see_each_other(packing: str) -> None:
+    model, rows = tiny().double(), rows_of_tokens(3)
+    alone = EUScorer(model)(rows)
+    sizes = [len(row) for row in rows["input_ids"]]
+    packed = {
+        "input_ids": [[token for row in rows["input_ids"] for token in row]],
+        "labels": [[label for row in rows["labels"] for label in row]],
+        packing: [[p for size in sizes for p in range(size)] if packing == "position_ids" else sizes],
+    }
+    scored = EUScorer(model)(packed)
+    np.testing.assert_allclose(scored["token_error"][0], np.concatenate(alone["token_error"]), atol=1e-6)
+    assert scored["error"][0] == pytest.approx(np.average(alone["error"], weights=alone["supervised_tokens"]), abs=1e-9)
+
+
+def test_first_token_of_every_packed_sample_is_predicted_by_nothing() -> None:
+    row = token_ids(1, 9)[0].tolist()
+    scored = EUScorer(tiny())({"input_ids": [row], "position_ids": [[0, 1, 2, 3, 0, 1, 2, 3, 4]]})
+    assert [i for i, label in enumerate(scored["labels"][0]) if label == -100] == [0, 4]
+    assert scored["supervised_tokens"] == [7]
+
+
+def test_ifd_compares_with_the_answer_alone() -> None:
+    model, rows = tiny().double(), rows_of_tokens(4)
+    scored = EUScorer(model, ifd=True)(rows)
+    for index, row in enumerate(rows["input_ids"]):
+        answer = row[3:]
+        alone = by_definition(model, answer, [-100, *answer[1:]])[0]
+        conditioned = by_definition(model, row, [-100] * 4 + answer[1:])[0]
+        assert scored["ifd"][index] == pytest.approx(np.exp(conditioned.mean() - alone.mean()), abs=1e-9)
+
+
+def test_reference_model_scores_the_same_tokens() -> None:
+    rows, other = rows_of_tokens(3), tiny(seed=1)
+    scored = EUScorer(tiny(), reference_model=other)(rows)
+    expected = EUScorer(other)(rows)["token_error"]
+    for ours, theirs in zip(scored["token_reference_error"], expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("method", ["lora", "qst"])
+def test_adapters_are_scored_as_they_are_active(method: str) -> None:
+    rows = rows_of_tokens()
+    base = EUScorer(tiny().double())(rows)["error"]
+    config = (
+        LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+        if method == "lora"
+        else SideTuningConfig(r=2, task_type="CAUSAL_LM")
+    )
+    model = get_peft_model(tiny().double(), config).double()
+    if method == "qst":
+        randomize_side_network(model)
+    model.train()
+    scored = EUScorer(model)(rows)["error"]
+    assert model.training
+    expected = [by_definition(model.eval(), *row)[0].mean() for row in zip(*rows.values(), strict=True)]
+    np.testing.assert_allclose(scored, expected, atol=1e-9)
+    assert np.abs(np.array(scored) - base).min() > 1e-6
+    with model.disable_adapter():
+        np.testing.assert_allclose(EUScorer(model)(rows)["error"], base, atol=1e-9)
+
+
+def test_model_is_left_as_it_was() -> None:
+    model = tiny()
+    model.train()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    EUScorer(model)(rows_of_tokens(2))
+    assert [module.training for module in model.modules()] == modes
+    assert "forward" not in vars(model.model)
+
+
+def test_logits_of_a_batch_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = 0
+    original = scores_module.scores_of_logits
+
+    def watched(logits: torch.Tensor, *args: object) -> object:
+        nonlocal largest
+        largest = max(largest, logits.numel())
+        return original(logits, *args)
+
+    monkeypatch.setattr(scores_module, "scores_of_logits", watched)
+    monkeypatch.setitem(scores_module.CHUNK_ELEMENTS, "cpu", 500)
+    input_ids = token_ids(8, 30)
+    token_scores(tiny(), input_ids, None, input_ids)
+    assert largest == 500
+
+
+def test_sixteen_bit_logits_are_widened() -> None:
+    logits = torch.randn(5, 50, dtype=torch.bfloat16) * 4
+    targets = torch.arange(5)
+    expected = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
+    scores = scores_module.scores_of_logits(logits.clone(), targets)
+    torch.testing.assert_close(scores.error.double(), expected, atol=1e-6, rtol=0)
+
+
+def test_rows_that_cannot_be_scored_are_named(recwarn: pytest.WarningsRecorder) -> None:
+    good = rows_of_tokens(1)
+    rows = {
+        "input_ids": [good["input_ids"][0], [], [5, 6, 7], [5] * 40, [5, 100, 6], [5, 6, 7], [4, 5, 6]],
+        "labels": [good["labels"][0], [], [-100] * 3, [5] * 40, [5, 100, 6], [5, 6], [4, 5, 6]],
+        "attention_mask": [None, None, None, None, None, None, [1, 0, 1]],
+    }
+    scored = EUScorer(tiny(), max_length=30)(rows, indices=range(10, 17))
+    assert [bool(reason) for reason in scored["unscored"]] == [False] + [True] * 6
+    for reason, part in zip(
+        scored["unscored"][1:],
+        ["empty", "no supervised tokens", "too long: 40 tokens", "vocabulary of 100", "labels has 2", "hole"],
+        strict=True,
+    ):
+        assert part in reason
+    assert np.isnan(scored["error"][1:]).all()
+    assert scored["error"][0] == pytest.approx(EUScorer(tiny())(good)["error"][0], abs=1e-6)
+    message = str(recwarn[0].message)
+    assert "6 of 7" in message
+    assert "row 12: no supervised tokens" in message
+
+
+def test_output_that_is_not_finite_is_no_score() -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.lm_head.weight[7] = float("nan")
+    with pytest.warns(UserWarning, match="not finite"):
+        scored = EUScorer(model)(rows_of_tokens(2))
+    assert np.isnan(scored["error"]).all()
+    assert all("not finite" in reason for reason in scored["unscored"])
+
+
+def test_map_scores_every_kind_of_data_set() -> None:
+    rows, scorer = rows_of_tokens(6), EUScorer(tiny())
+    expected = scorer(rows)["error"]
+    data = Dataset.from_dict(rows)
+    np.testing.assert_allclose(data.map(scorer, batched=True, batch_size=4)["error"][:], expected, atol=1e-6)
+    splits = DatasetDict({"train": data}).map(scorer, batched=True)
+    np.testing.assert_allclose(splits["train"]["error"][:], expected, atol=1e-6)
+    streamed = [row["error"] for row in data.to_iterable_dataset().map(scorer, batched=True, batch_size=4)]
+    np.testing.assert_allclose(streamed, expected, atol=1e-6)
+    types = data.map(scorer, batched=True).features
+    assert (types["error"].dtype, types["token_error"].feature.dtype) == ("float64", "float32")
+
+
+def test_an_unscored_row_first_does_not_settle_the_column_types() -> None:
+    rows = rows_of_tokens(3)
+    rows["labels"][0] = [-100] * len(rows["labels"][0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scored = Dataset.from_dict(rows).map(EUScorer(tiny()), batched=True, batch_size=1)
+    assert np.isnan(scored["error"][0])
+    assert scored["error"][1] > 0
+    assert scored.features["token_error"].feature.dtype == "float32"
+
+
+def test_models_that_cannot_be_scored_are_refused() -> None:
+    with pytest.raises(ValueError, match="not a causal language model"):
+        EUScorer(LlamaModel(tiny().config))
+    prompted = get_peft_model(tiny(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="PROMPT_TUNING"):
+        EUScorer(prompted)
+    with pytest.raises(ValueError, match="tokens_per_batch is 0"):
+        EUScorer(tiny(), tokens_per_batch=0)
+
+
+def test_fingerprint_follows_the_weights_and_the_settings() -> None:
+    model = get_peft_model(tiny(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    fingerprint = EUScorer(model).fingerprint()
+    assert EUScorer(model).fingerprint() == fingerprint
+    assert EUScorer(model, el2n=True).fingerprint() != fingerprint
+    assert EUScorer(tiny(seed=1)).fingerprint() != EUScorer(tiny()).fingerprint()
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_B" in n).add_(0.01)
+    assert EUScorer(model).fingerprint() != fingerprint

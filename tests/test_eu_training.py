@@ -1,0 +1,294 @@
+"""Pruning every mini-batch while training, and the base's states that a side network shares with it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, randomize_side_network, side_parameters, tiny, token_ids
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+
+from qtuning_peft import EUPruner, EUPruningCallback, EUScorer, SideTuningConfig
+from qtuning_peft.demo.gsm8k import RightPadding
+from qtuning_peft.eu_plane.training import PruningCollator
+from qtuning_peft.side_tuning.base_states import base_states, side_tuning_layer, use_in_next_forward
+from qtuning_peft.side_tuning.block import SideBlock
+
+
+def rows_of_tokens(count: int = 32, seed: int = 0) -> list[dict[str, list[int]]]:
+    draw = random.Random(seed)
+    rows = [[draw.randrange(3, 100) for _ in range(draw.randrange(6, 20))] for _ in range(count)]
+    return [{"input_ids": row, "labels": [-100] * 3 + row[3:]} for row in rows]
+
+
+def adapted(method: str) -> Any:
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM") if method == "lora" else SideTuningConfig(r=2, task_type="CAUSAL_LM")
+    return get_peft_model(tiny(), config)
+
+
+def arguments(folder: Path, **overrides: Any) -> TrainingArguments:
+    settings = {
+        "output_dir": str(folder), "per_device_train_batch_size": 8, "num_train_epochs": 1, "logging_steps": 1,
+        "report_to": "none", "save_strategy": "no", "remove_unused_columns": False, "use_cpu": True,
+        "disable_tqdm": True, "learning_rate": 1e-2,
+    }  # fmt: skip
+    return TrainingArguments(**settings | overrides)
+
+
+def batch_sizes(model: torch.nn.Module, kind: type | str) -> list[int]:
+    """Fills, as the model runs, with the batch sizes that the first module of a kind, or path, saw."""
+    seen: list[int] = []
+    modules = [m for n, m in model.named_modules() if (n.endswith(kind) if isinstance(kind, str) else type(m) is kind)]
+    modules[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
+    return seen
+
+
+@pytest.mark.parametrize("method", ["lora", "qst"])
+def test_every_batch_is_pruned_as_its_scores_say(method: str) -> None:
+    model, rows = adapted(method), rows_of_tokens(8)
+    pruner = EUPruner(sample_ratio=0.5, token_ratio=0.5, per_batch=True)
+    batch = PruningCollator(RightPadding(0), model, pruner)(rows)
+    with model.disable_adapter():
+        scored = EUScorer(model)({name: [row[name] for row in rows] for name in rows[0]})
+    expected = pruner({**scored, "index": list(range(8))})
+    assert batch["labels"].shape[0] == len(expected["labels"]) == 4
+    for ours, mask, input_ids, labels in zip(
+        batch["labels"], batch["attention_mask"], expected["input_ids"], expected["labels"], strict=True
+    ):
+        assert ours[mask.bool()].tolist() == list(labels)
+        assert mask.sum() == len(input_ids)
+
+
+@pytest.mark.parametrize("method", ["lora", "qst"])
+def test_trainer_trains_on_what_is_kept(method: str, tmp_path: Path) -> None:
+    model = adapted(method)
+    base_batches, side_batches = batch_sizes(model, "layers.0"), []
+    if method == "qst":
+        side_batches = batch_sizes(model, SideBlock)
+    callback = EUPruningCallback(EUPruner(sample_ratio=0.5, token_ratio=0.5))
+    trainer = Trainer(
+        model,
+        arguments(tmp_path),
+        train_dataset=rows_of_tokens(32),
+        eval_dataset=rows_of_tokens(8, seed=1),
+        data_collator=RightPadding(0),
+        callbacks=[callback],
+    )
+    trainer.train()
+    if method == "qst":
+        # One pass of the base for each batch of eight; the side network sees the kept half alone.
+        assert base_batches == [8] * 4
+        assert side_batches == [4] * 4
+        assert side_tuning_layer(model).waiting_states == []
+    else:
+        assert sorted(base_batches) == [4] * 4 + [8] * 4
+    logs = [entry for entry in trainer.state.log_history if "kept_samples" in entry]
+    assert logs
+    assert all(entry["kept_samples"] == 0.5 and 0 < entry["kept_tokens"] < 0.6 for entry in logs)
+    assert callback.collator.kept_samples == 16
+    # Evaluation sees everything.
+    side_batches.clear()
+    trainer.evaluate()
+    assert trainer.get_train_dataloader().collate_fn is not callback.collator
+    if method == "qst":
+        assert side_batches == [8]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_divides_by_the_tokens_that_were_kept(accumulation: int, tmp_path: Path) -> None:
+    rows, ratio = rows_of_tokens(16), {"sample_ratio": 0.5, "token_ratio": 0.5}
+
+    def trained(model: Any, data: list[Any], batch: int, steps: int, callbacks: list[Any]) -> Any:
+        settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "max_steps": 1}
+        settings |= {"train_sampling_strategy": "sequential", "optim": "sgd", "max_grad_norm": 0.0}
+        Trainer(
+            model,
+            arguments(tmp_path, **settings),
+            train_dataset=data,
+            data_collator=RightPadding(0),
+            callbacks=callbacks,
+        ).train()
+        return {name: p.detach().double() for name, p in model.named_parameters() if p.requires_grad}
+
+    model = adapted("qst")
+    randomize_side_network(model)
+    pruned = trained(model, rows, 16 // accumulation, accumulation, [EUPruningCallback(EUPruner(**ratio))])
+    # The same by hand: each batch pruned under the base, then one step over all that was kept.
+    by_hand = adapted("qst")
+    randomize_side_network(by_hand)
+    with by_hand.disable_adapter():
+        scored = Dataset.from_dict(EUScorer(by_hand)({name: [row[name] for row in rows] for name in rows[0]}))
+    kept = scored.map(EUPruner(**ratio, per_batch=True), batched=True, batch_size=16 // accumulation)
+    data = [{name: row[name] for name in ("input_ids", "labels")} for row in kept]
+    expected = trained(by_hand, data, len(data), 1, [])
+    for name, value in pruned.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-4)
+
+
+def test_packed_samples_are_dropped_with_their_tokens() -> None:
+    model, rows = adapted("lora"), rows_of_tokens(8)
+    pruner = EUPruner(sample_ratio=0.5, per_batch=True)
+    collate = DataCollatorWithFlattening(return_position_ids=True, separator_id=-100)
+    packed = PruningCollator(collate, model, pruner)(rows)
+    padded = PruningCollator(RightPadding(0), model, pruner)(rows)
+    expected = [
+        row[mask.bool()].tolist() for row, mask in zip(padded["input_ids"], padded["attention_mask"], strict=True)
+    ]
+    assert packed["input_ids"][0].tolist() == [token for row in expected for token in row]
+    assert packed["position_ids"][0].tolist() == [p for row in expected for p in range(len(row))]
+    assert (packed["labels"] != -100).sum() == (padded["labels"] != -100).sum()
+
+
+def test_trl_trains_with_it(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(98)} | {"<pad>": 98, "<eos>": 99}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="<pad>", eos_token="<eos>"
+    )
+    callback = EUPruningCallback(EUPruner(sample_ratio=0.5, token_ratio=0.5))
+    trainer = trl.SFTTrainer(
+        tiny(),
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=4, report_to="none", use_cpu=True,
+            logging_steps=1, learning_rate=1e-2, save_strategy="no",
+        ),
+        train_dataset=Dataset.from_list(rows_of_tokens(16)),
+        processing_class=tokenizer,
+        peft_config=SideTuningConfig(r=2, task_type="CAUSAL_LM"),
+        callbacks=[callback],
+    )  # fmt: skip
+    before = {name: p.detach().clone() for name, p in side_parameters(trainer.model).items()}
+    trainer.train()
+    assert callback.collator.kept_samples * 2 == callback.collator.samples >= 16
+    assert callback.collator.kept_tokens < callback.collator.tokens / 2 + 4
+    assert any((p != before[name]).any() for name, p in side_parameters(trainer.model).items())
+
+
+def test_pruned_data_trains_in_trl_with_its_labels(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(98)} | {"<pad>": 98, "<eos>": 99}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="<pad>", eos_token="<eos>"
+    )
+    scored = Dataset.from_list(rows_of_tokens(16)).map(EUScorer(tiny()), batched=True)
+    kept = scored.map(EUPruner(sample_ratio=0.5, token_ratio=0.5).fit(scored), batched=True)
+    trainer = trl.SFTTrainer(
+        tiny(),
+        args=trl.SFTConfig(output_dir=str(tmp_path), per_device_train_batch_size=8, report_to="none", use_cpu=True),
+        train_dataset=kept,
+        processing_class=tokenizer,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert (batch["labels"] != -100).sum() == sum(kept["supervised_tokens"])
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "bloom"])
+def test_kept_states_give_the_same_step_as_the_base(family: str) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(tiny(family), SideTuningConfig(r=2, task_type="CAUSAL_LM")).train()
+    randomize_side_network(model)
+    input_ids = token_ids(4, 9)
+    mask = torch.ones_like(input_ids)
+    mask[1, 6:] = mask[3, 4:] = 0
+    labels = input_ids.masked_fill(mask == 0, -100)
+    chosen = torch.tensor([1, 2])
+
+    def step() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        loss = model(input_ids=input_ids[chosen], attention_mask=mask[chosen], labels=labels[chosen]).loss
+        loss.backward()
+        return loss.detach(), {name: p.grad.clone() for name, p in side_parameters(model).items() if p.grad is not None}
+
+    loss, gradients = step()
+    states = base_states(model, input_ids, attention_mask=mask)
+    ran = batch_sizes(model, "layers.0" if family not in ("gpt2",) else "h.0")
+    use_in_next_forward(model, states.rows(chosen))
+    replayed_loss, replayed = step()
+    assert ran == []
+    torch.testing.assert_close(replayed_loss, loss)
+    assert gradients.keys() == replayed.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(replayed[name], gradient, atol=1e-5, rtol=1e-4)
+    step()
+    assert len(ran) == 1
+
+
+def test_states_of_other_tokens_wait_and_generation_ignores_them() -> None:
+    model = adapted("qst").train()
+    layer = side_tuning_layer(model)
+    first, second, third = (token_ids(2, 8, seed=s) for s in (1, 2, 3))
+    for input_ids in (first, second):
+        use_in_next_forward(model, base_states(model, input_ids))
+    ran = batch_sizes(model, "layers.0")
+    model(input_ids=third)
+    assert (len(layer.waiting_states), len(ran)) == (2, 1)
+    model.eval()
+    model(input_ids=second)
+    assert (len(layer.waiting_states), len(ran)) == (2, 2)
+    model.train()
+    model(input_ids=second)
+    assert (len(layer.waiting_states), len(ran)) == (0, 2)
+
+
+def test_recorded_states_are_the_base_alone() -> None:
+    model = adapted("qst")
+    randomize_side_network(model)
+    input_ids = token_ids()
+    states = base_states(model, input_ids)
+    with torch.no_grad(), model.disable_adapter():
+        output = model(input_ids=input_ids, output_hidden_states=True)
+    torch.testing.assert_close(states.normed, output.hidden_states[-1], rtol=0, atol=0)
+    torch.testing.assert_close(states.embeddings, output.hidden_states[0], rtol=0, atol=0)
+    torch.testing.assert_close(states.blocks[0][2], output.hidden_states[1], rtol=0, atol=0)
+    with pytest.raises(ValueError, match="no active side network"):
+        base_states(tiny(), input_ids)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"num_samples": 3}, "sample_ratio is None"),
+        ({"sample_ratio": 0.5, "remove_tokens": True}, "remove_tokens is True"),
+        ({"sample_ratio": 0.5, "strategy": "ifd"}, "ifd and rho1"),
+        ({"sample_ratio": 0.5, "stratum_column": "x"}, "stratum_column is x"),
+    ],
+)
+def test_what_a_batch_cannot_do_is_refused(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        EUPruningCallback(EUPruner(**options))
+
+
+def test_data_loaded_in_other_processes_is_refused(tmp_path: Path) -> None:
+    trainer = Trainer(
+        adapted("qst"),
+        arguments(tmp_path, dataloader_num_workers=1),
+        train_dataset=rows_of_tokens(8),
+        data_collator=RightPadding(0),
+        callbacks=[EUPruningCallback(EUPruner(sample_ratio=0.5))],
+    )
+    with pytest.raises(ValueError, match="dataloader_num_workers is 1"):
+        trainer.train()
+
+
+def test_el2n_can_choose_in_a_batch() -> None:
+    model, rows = adapted("qst"), rows_of_tokens(6)
+    batch = PruningCollator(RightPadding(0), model, EUPruner(sample_ratio=0.5, strategy="el2n", per_batch=True))(rows)
+    with model.disable_adapter():
+        scored = EUScorer(model, el2n=True)({name: [row[name] for row in rows] for name in rows[0]})
+    best = sorted(np.argsort(scored["el2n"])[-3:])
+    assert [
+        row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ] == [rows[index]["input_ids"] for index in best]
