@@ -1,11 +1,11 @@
 """Does training on a quarter of the samples and half of their tokens beat choosing otherwise? The demo's task decides.
 
-    python benchmarks/strategies.py            about an hour on 2 cores; goes on where it was interrupted
+    python benchmarks/strategies.py            about 40 minutes on 2 cores; goes on where it was interrupted
 
 Every strategy keeps as many supervised tokens as the plane at 25 % x 50 %. An epoch is cut into equally many steps for
 all, so that optimizer steps and tokens are the same; full data takes as many steps over all tokens. A side network
-(r = 16) learns from the NF4 base's states, which never change and are computed once, in bfloat16. Held-out loss is that
-of 100 GSM8K test answers. `results/strategies.jsonl` gets one row for each run.
+(r = 16, beside every third block) learns from the NF4 base's states, which never change and are computed once, in
+bfloat16. Held-out loss is that of 60 GSM8K test answers. `results/strategies.jsonl` gets one row for each run.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from transformers import get_cosine_schedule_with_warmup, set_seed
 from qtuning_peft import SideTuningConfig
 from qtuning_peft.demo.gsm8k import read_rows
 from qtuning_peft.eu_plane import EUPruner, score
+from qtuning_peft.eu_plane.rows import RowEncoder
 from qtuning_peft.loss import IGNORE_INDEX, supervised_loss
 from qtuning_peft.side_tuning.base_states import BaseStates, base_states, use_in_next_forward
 
-R, LEARNING_RATE, STEPS_PER_EPOCH, EPOCHS, SEEDS = 16, 2e-3, 10, 2, (0, 1, 2)
-TRAIN_ROWS, TEST_ROWS = 320, 100
+R, LAYERS, LEARNING_RATE, STEPS_PER_EPOCH, EPOCHS, SEEDS = 16, list(range(2, 30, 3)), 2e-3, 20, 1, (0, 1, 2)
+TRAIN_ROWS, TEST_ROWS = 320, 60
 
 PLANE = {"sample_ratio": 0.25, "token_ratio": 0.5}
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -58,54 +59,67 @@ def gsm8k(split: str, start: int, stop: int) -> Dataset:
 
 
 class States:
-    """The base's states of every row, and batches of them."""
+    """The base's states of every row, in bfloat16, and batches of them."""
 
     def __init__(self, model: Any, rows: Dataset) -> None:
-        self.rows = [self._of(model, row["input_ids"]) for row in rows]
-        longest = max(self.rows, key=lambda states: states.input_ids.shape[1])
-        self.rotary = longest.blocks[0][1]["position_embeddings"]
+        input_ids = rows["input_ids"][:]
+        order = sorted(range(len(rows)), key=lambda index: len(input_ids[index]))
+        found: dict[int, BaseStates] = {}
+        for start in range(0, len(order), 16):
+            part = order[start : start + 16]
+            states = base_states(model, padded([input_ids[i] for i in part], 0))
+            for place, index in enumerate(part):
+                found[index] = self._row(states, place, len(input_ids[index]))
+        self.rows = [found[index] for index in range(len(rows))]
+        self.rotary = states.blocks[0][1]["position_embeddings"]
 
     @staticmethod
-    def _of(model: Any, input_ids: list[int]) -> BaseStates:
-        states = base_states(model, torch.tensor([input_ids]))
-        states.embeddings, states.normed = states.embeddings.bfloat16(), states.normed.bfloat16()
-        states.blocks = [(block, arguments, hidden.bfloat16()) for block, arguments, hidden in states.blocks]
-        return states
+    def _row(states: BaseStates, place: int, length: int) -> BaseStates:
+        def of(values: Tensor) -> Tensor:
+            return values[place : place + 1, :length].bfloat16()
+
+        return BaseStates(
+            states.input_ids[place : place + 1, :length],
+            embeddings=of(states.embeddings),
+            blocks=[(block, {}, of(hidden_states)) for block, _, hidden_states in states.blocks],
+            normed=of(states.normed),
+            output=states.output,
+        )
 
     def batch(self, indices: list[int]) -> BaseStates:
-        """The states of several rows, padded at the right, where plain causal attention sees none of the padding."""
+        """The states of several rows, padded at the right."""
         chosen = [self.rows[index] for index in indices]
         length = max(states.input_ids.shape[1] for states in chosen)
 
-        def padded(parts: list[Tensor]) -> Tensor:
+        def stacked(parts: list[Tensor]) -> Tensor:
             return torch.cat([torch.nn.functional.pad(p, (0, 0, 0, length - p.shape[1])).float() for p in parts])
 
         ids = [torch.nn.functional.pad(states.input_ids, (0, length - states.input_ids.shape[1])) for states in chosen]
         rotary = tuple(part[:, :length] for part in self.rotary)
         blocks = [
-            (block, {"position_embeddings": rotary}, padded([states.blocks[i][2] for states in chosen]))
+            (block, {"position_embeddings": rotary}, stacked([states.blocks[i][2] for states in chosen]))
             for i, (block, _, _) in enumerate(chosen[0].blocks)
         ]
         return BaseStates(
             torch.cat(ids),
-            padded([s.embeddings for s in chosen]),
-            blocks,
-            padded([s.normed for s in chosen]),
-            chosen[0].output,
+            embeddings=stacked([s.embeddings for s in chosen]),
+            blocks=blocks,
+            normed=stacked([s.normed for s in chosen]),
+            output=chosen[0].output,
         )
 
 
-def padded_labels(rows: list[list[int]]) -> Tensor:
-    """(rows, longest), int64."""
+def padded(rows: list[list[int]], fill: int) -> Tensor:
+    """Right-padded with `fill`, which plain causal attention does not let any token see: (rows, longest), int64."""
     length = max(map(len, rows))
-    return torch.tensor([row + [IGNORE_INDEX] * (length - len(row)) for row in rows])
+    return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
 
 
 def loss_of(model: Any, states: States, indices: list[int], labels: list[list[int]], total: bool = False) -> Tensor:
     """Loss of a batch, its mean or its sum over supervised tokens."""
     batch = states.batch(indices)
     use_in_next_forward(model, batch)
-    return supervised_loss(model, batch.input_ids, padded_labels(labels), num_items=1 if total else None)
+    return supervised_loss(model, batch.input_ids, padded(labels, IGNORE_INDEX), num_items=1 if total else None)
 
 
 def train(model: Any, states: States, labels: dict[int, list[int]], seed: int) -> None:
@@ -160,14 +174,19 @@ def with_reference(scored: Dataset, model: Any, states: States) -> Dataset:
 def main() -> None:
     """Run what has not run yet, and print the table."""
     base, tokenizer = smollm2()
-    parts = {"resume_dir": HERE / "results" / "parts", "rows_per_part": 64, "el2n": True, "ifd": True}
-    scored = score(gsm8k("train", 0, TRAIN_ROWS), base, tokenizer, **parts)
-    reference_rows = score(gsm8k("train", TRAIN_ROWS, 400), base, tokenizer, **parts)
-    test = score(gsm8k("test", 0, TEST_ROWS), base, tokenizer, **parts)
+    parts = {"resume_dir": HERE / "results" / "parts", "rows_per_part": 64}
+    scored = score(gsm8k("train", 0, TRAIN_ROWS), base, tokenizer, el2n=True, ifd=True, **parts)
+    encoder = RowEncoder(tokenizer)
+
+    def encoded(split: str, start: int, stop: int) -> Dataset:
+        rows = [encoder.encode(row, "prompt") for row in gsm8k(split, start, stop)]
+        return Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
+
+    reference_rows, test = encoded("train", TRAIN_ROWS, 400), encoded("test", 0, TEST_ROWS)
 
     def side_tuned(seed: int) -> Any:
         set_seed(seed)
-        return get_peft_model(base, SideTuningConfig(r=R, task_type="CAUSAL_LM"))
+        return get_peft_model(base, SideTuningConfig(r=R, layers_to_transform=LAYERS, task_type="CAUSAL_LM"))
 
     model = side_tuned(0)
     train_states, reference_states, test_states = (States(model, rows) for rows in (scored, reference_rows, test))
@@ -196,7 +215,7 @@ def main() -> None:
             row = {
                 "strategy": name, "seed": seed, "loss": held_out_loss(model, test_states, test_labels), "base": before,
                 "samples": len(labels), "tokens": pruner.pruned.kept_tokens, "steps": STEPS_PER_EPOCH * EPOCHS,
-                "train_seconds": round(seconds, 1), "r": R, "learning_rate": LEARNING_RATE,
+                "train_seconds": round(seconds, 1), "r": R, "layers": LAYERS, "learning_rate": LEARNING_RATE,
                 "model": "SmolLM2-135M-Instruct, NF4", "environment": environment(),
             }  # fmt: skip
             model.unload()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -20,6 +21,7 @@ from transformers import (
     OPTConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -78,6 +80,14 @@ def tiny(family: str = "llama", seed: int = 0, **overrides: object) -> PreTraine
     """A random causal language model of `family`, in eval mode."""
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config_of(family, **overrides)).eval()
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the words w0 to w97, `<pad>` and `<eos>`, without a chat template."""
+    words = {f"w{index}": index for index in range(98)} | {"<pad>": 98, "<eos>": 99}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
 
 
 def randomize_side_network(model: torch.nn.Module, seed: int = 1, scale: float = 0.1) -> None:

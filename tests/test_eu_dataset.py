@@ -14,26 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from conftest import tiny, word_tokenizer
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from qtuning_peft import EUPruner, EUScorer, prune, score
+from qtuning_peft.atomic import replacing
 from qtuning_peft.cli import app
 from qtuning_peft.eu_plane.files import read_data, write_data
-
-WORDS = {f"w{i}": i for i in range(98)} | {"<pad>": 98, "<eos>": 99}
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-
-    backend = Tokenizer(models.WordLevel(WORDS, unk_token="w0"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
 
 
 def rows(count: int = 50, seed: int = 0) -> list[dict[str, str]]:
@@ -134,6 +123,25 @@ def test_a_killed_process_loses_at_most_one_part(tmp_path: Path, checkpoint: Pat
     np.testing.assert_allclose(scored["error"][:], expected["error"][:], atol=1e-5)
 
 
+@pytest.mark.parametrize("damage", [b"", b"garbage", "half"])
+def test_a_damaged_part_is_computed_again(tmp_path: Path, damage: bytes | str) -> None:
+    data, options = Dataset.from_list(rows(10)), {"chat_template": False, "progress": False, "resume_dir": tmp_path}
+    expected = score(data, tiny(), word_tokenizer(), **options)
+    (part,) = tmp_path.iterdir()
+    content = part.read_bytes()
+    part.unlink()
+    part.write_bytes(content[: len(content) // 2] if isinstance(damage, str) else damage)
+    assert score(data, tiny(), word_tokenizer(), **options).to_dict() == expected.to_dict()
+
+
+def test_another_tokenizer_makes_other_parts(tmp_path: Path) -> None:
+    data, options = Dataset.from_list(rows(3)), {"chat_template": False, "progress": False, "resume_dir": tmp_path}
+    tokenizer = word_tokenizer()
+    assert score(data, tiny(), tokenizer, **options)["input_ids"][0][-1] == 99
+    tokenizer.eos_token = "w7"
+    assert score(data, tiny(), tokenizer, **options)["input_ids"][0][-1] != 99
+
+
 def test_splits_and_streams_are_scored() -> None:
     data = Dataset.from_list(rows(12))
     options = {"chat_template": False, "progress": False}
@@ -182,6 +190,47 @@ def test_files_give_back_what_was_written(tmp_path: Path, name: str) -> None:
     write_data(scored.select([0]), tmp_path / name)
     assert len(read_data(tmp_path / name)) == 1
     assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_json_is_read_as_it_is_written(tmp_path: Path) -> None:
+    file = tmp_path / "rows.JSONL"
+    lines = ['{"text": "2020-01-01", "id": 1}', "", '{"text": "x", "more": [1.5]}']
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert read_data(file).to_list() == [
+        {"text": "2020-01-01", "id": 1, "more": None},
+        {"text": "x", "id": None, "more": [1.5]},
+    ]
+    file.write_text('[{"text": "a"},\n {"text": "b"}]')
+    assert read_data(file)["text"][:] == ["a", "b"]
+
+
+def test_what_killed_processes_left_is_cleared_away(tmp_path: Path) -> None:
+    data = Dataset.from_list(rows(3))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".data.{dead.pid}.tmp.jsonl").write_text("half")
+    (tmp_path / ".data.mine.tmp.jsonl").write_text("mine")
+    write_data(data, tmp_path / "data.jsonl")
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".data.mine.tmp.jsonl", "data.jsonl"]
+    # Killed between putting a folder aside and the new one in its place.
+    write_data(data, tmp_path / "folder")
+    (tmp_path / "folder").rename(tmp_path / f".folder.{dead.pid}.old")
+    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "folder"):
+        raise ZeroDivisionError
+    assert read_data(tmp_path / "folder").to_list() == data.to_list()
+
+
+def test_links_stay_links_and_devices_are_left_alone(tmp_path: Path) -> None:
+    data = Dataset.from_list(rows(3))
+    for name in ("data.jsonl", "folder"):
+        write_data(data.select([0]), tmp_path / name)
+        (tmp_path / f"link-{name}").symlink_to(tmp_path / name)
+        write_data(data, tmp_path / f"link-{name}")
+        assert (tmp_path / f"link-{name}").is_symlink()
+        assert len(read_data(tmp_path / name)) == 3
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="neither a file nor a folder"):
+        write_data(data, tmp_path / "pipe")
 
 
 def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +294,9 @@ def test_bad_input_is_one_sentence(tmp_path: Path, checkpoint: Path) -> None:
     write_data(Dataset.from_list(rows(5)), good)
     (tmp_path / "cut.jsonl").write_text(good.read_text()[:-20])
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "é"}'.encode("latin-1"))
+    (tmp_path / "mixed.jsonl").write_text('{"text": "a"}\n{"text": 4}\n')
+    (tmp_path / "numbers.jsonl").write_text("[1, 2]")
     (tmp_path / "odd.csv").write_text("a,b\n")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "something").write_text("mine")
@@ -252,6 +304,10 @@ def test_bad_input_is_one_sentence(tmp_path: Path, checkpoint: Path) -> None:
     for arguments, sentence in (
         (("score", tmp_path / "cut.jsonl", checkpoint, "-o", output), "line 5 is no JSON object"),
         (("score", tmp_path / "empty.jsonl", checkpoint, "-o", output), "has no rows"),
+        (("score", tmp_path / "latin.jsonl", checkpoint, "-o", output), "line 1 is no JSON object"),
+        (("score", tmp_path / "mixed.jsonl", checkpoint, "-o", output), "column of several types"),
+        (("score", tmp_path / "numbers.jsonl", checkpoint, "-o", output), "other than objects"),
+        (("score", good, checkpoint, "-o", output, "--split", "train"), "leave --split out"),
         (("score", tmp_path / "odd.csv", checkpoint, "-o", output), "ends in .csv"),
         (("score", tmp_path / "nothing.jsonl", checkpoint, "-o", output), "There is no data"),
         (("score", good, checkpoint, "-o", tmp_path / "folder"), "something other than a data set"),

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import word_tokenizer
 from datasets import Dataset
 
 from qtuning_peft import EUPruner
 from qtuning_peft.eu_plane.repetition import repetition
 from qtuning_peft.eu_plane.strategies import SAMPLE_STRATEGIES
-from qtuning_peft.eu_plane.tokens import keep_lowest, neighbour_scores, pieces_of
+from qtuning_peft.eu_plane.tokens import keep_lowest, neighbour_scores, pieces_of, protected_tokens
 
 KEPT = ("misconception", "calibration", "kept")
 
@@ -124,6 +125,57 @@ def test_protected_tokens_stay_and_count() -> None:
     assert keep_lowest(scores, 0.6, protected).tolist() == [True, True, False, True, False]
     assert keep_lowest(scores, 0.2, protected).tolist() == [True, False, False, True, False]
     assert keep_lowest(np.ones(4), 0.5, np.zeros(4, bool)).tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("pattern", ["", r"\d*", "x?"])
+def test_an_empty_match_protects_nothing(pattern: str) -> None:
+    tokens = [5, 6, 7]
+    assert not protected_tokens(word_tokenizer(), tokens, (pattern,))[1:].all() or pattern == r"\d*"
+    assert not protected_tokens(word_tokenizer(), [10, 11], ("z*",)).any()
+
+
+def test_protected_tokens_are_counted_where_they_exceed_the_share() -> None:
+    scored = scored_data()
+    options = {"token_ratio": 0.3, "strategy": "longest", "tokenizer": word_tokenizer(), "protect": r"w\d+"}
+    pruner = EUPruner(num_tokens=100, **options).fit(scored)
+    kept = scored.map(pruner, batched=True)
+    assert sum(kept["supervised_tokens"]) == pruner.pruned.kept_tokens
+    assert abs(pruner.pruned.kept_tokens - 100) <= 20
+
+
+@pytest.mark.parametrize("strategy", ["eu_plane", "longest", "random"])
+def test_something_is_always_kept(strategy: str) -> None:
+    assert EUPruner(num_tokens=1, strategy=strategy).fit(scored_data()).pruned.kept_samples >= 1
+    equal = scored_data(10).map(lambda row: {"error": 1.0, "uncertainty": 1.0})
+    with pytest.warns(UserWarning, match="kept instead of 4"):
+        assert EUPruner(sample_ratio=0.4).fit(equal).pruned.kept_samples == 10
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "pandas"])
+def test_formatted_data_is_pruned_alike(kind: str) -> None:
+    scored = scored_data().add_column("number", [index % 2 for index in range(40)])
+    options = {"sample_ratio": 0.5, "token_ratio": 0.5, "stratum_column": "number"}
+    expected = scored.map(EUPruner(**options).fit(scored), batched=True)
+    formatted = scored.with_format(kind)
+    kept = formatted.map(EUPruner(**options).fit(formatted), batched=True).with_format(None)
+    assert kept["labels"][:] == expected["labels"][:]
+    assert kept["token_error"][:] == expected["token_error"][:]
+
+
+def test_rows_without_a_stratum_are_one() -> None:
+    scored = scored_data(40).add_column("score", [float("nan"), 1.0] * 20)
+    kept = scored.map(EUPruner(sample_ratio=0.5, stratum_column="score").fit(scored), batched=True)
+    assert np.isnan(kept["score"]).sum() == 10
+    with pytest.raises(ValueError, match="input_ids is a list in row 0"):
+        EUPruner(sample_ratio=0.5, stratum_column="input_ids").fit(scored)
+
+
+def test_a_batch_without_scores_keeps_nothing() -> None:
+    scored = scored_data(15).map(
+        lambda row, index: {"error": math.nan, "unscored": "x"} if 5 <= index < 10 else {}, with_indices=True
+    )
+    kept = scored.map(EUPruner(sample_ratio=0.4, per_batch=True), batched=True, batch_size=5)
+    assert sorted(index // 5 for index in kept["id"]) == [0, 0, 2, 2]
 
 
 def test_either_end_of_the_ranking_can_be_kept() -> None:
@@ -280,5 +332,11 @@ def test_wrong_data_is_one_sentence() -> None:
         EUPruner(sample_ratio=0.5).fit(scored.map(lambda row: {"error": math.nan}))
     with pytest.raises(ValueError, match=r"call fit\(scored\)"):
         scored.map(EUPruner(sample_ratio=0.5), batched=True)
+    with pytest.raises(ValueError, match="error holds something other than numbers"):
+        EUPruner(sample_ratio=0.5).fit(scored.to_dict() | {"error": ["high"] * 5})
+    with pytest.raises(ValueError, match="call map with batched=True"):
+        scored.map(EUPruner(sample_ratio=0.5).fit(scored))
+    with pytest.raises(ValueError, match="The data is streamed"):
+        EUPruner(sample_ratio=0.5).fit(scored.to_iterable_dataset())
     with pytest.raises(ValueError, match="None of the 5 rows can be kept"):
         EUPruner(sample_ratio=0.5, max_repetition=0.0).fit(scored.map(lambda row: {"repetition": 1.0}))

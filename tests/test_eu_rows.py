@@ -140,6 +140,10 @@ def test_masks_of_trl_are_read() -> None:
         ({"text": None}, "instead of a string"),
         ({"input_ids": [1, 2], "position_ids": [1, 2]}, "do not count up"),
         ({"input_ids": [1, 2], "seq_lengths": [3]}, "add up to 3"),
+        ({"input_ids": [1, 2], "seq_lengths": [3, -1]}, "seq_lengths holds -1"),
+        ({"input_ids": [True, False]}, "something other than integers"),
+        ({"instruction": None, "output": "x"}, "instruction is NoneType"),
+        ({"conversations": [{"from": "bing", "value": "x"}]}, "from 'bing'"),
         ({"input_ids": [1.5, 2]}, "something other than integers"),
     ],
 )
@@ -153,6 +157,23 @@ def test_a_template_that_rewrites_earlier_turns_is_noticed(tokenizer: Any) -> No
     rewriting.chat_template = "{{ messages | length }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     with pytest.raises(RowError, match="writes earlier turns differently"):
         encode(rewriting, {"messages": TALK})
+
+
+def test_an_assistant_that_speaks_first_is_supervised_without_its_header(tokenizer: Any) -> None:
+    plain = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    plain.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    encoded = encode(plain, {"messages": [*ANSWER, *QUESTION]})
+    assert supervised_text(plain, encoded) == ANSWER[0]["content"] + "<|im_end|>\n"
+
+
+def test_keys_that_only_other_rows_have_are_not_rendered(tokenizer: Any) -> None:
+    calling = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    calling.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m | tojson }}\n{% endfor %}"
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"city": "X", "unit": None}}}]}
+    assert "unit" not in calling.decode(encode(calling, {"messages": [*QUESTION, call]}).input_ids)
 
 
 def test_data_that_no_format_fits_is_refused(tokenizer: Any) -> None:

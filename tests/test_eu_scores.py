@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, randomize_side_network, tiny, token_ids
+from conftest import FAMILIES, randomize_side_network, tiny, token_ids, word_tokenizer
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
@@ -21,8 +21,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from qtuning_peft import EUScorer, SideTuningConfig
+from qtuning_peft import EUScorer, SideTuningConfig, score
 from qtuning_peft.eu_plane import scores as scores_module
+from qtuning_peft.eu_plane.identity import stable
 from qtuning_peft.eu_plane.scores import token_scores
 
 SCORES = ("error", "uncertainty", "el2n", "ifd", "supervised_tokens")
@@ -119,7 +120,10 @@ def test_padding_does_not_matter(side: str) -> None:
             padded[name].append(padding + values if side == "left" else values + padding)
     scored = EUScorer(model)(padded)
     np.testing.assert_allclose(scored["error"], expected["error"], atol=1e-9, rtol=0)
-    assert [list(row) for row in scored["labels"]] == [list(row) for row in expected["labels"]]
+    for labels, given, mask in zip(scored["labels"], expected["labels"], padded["attention_mask"], strict=True):
+        assert labels[np.array(mask, bool)].tolist() == given.tolist()
+        assert (labels[~np.array(mask, bool)] == -100).all()
+    assert [list(row) for row in scored["input_ids"]] == padded["input_ids"]
 
 
 @pytest.mark.parametrize("packing", ["position_ids", "seq_lengths"])
@@ -290,6 +294,57 @@ def test_fingerprint_follows_the_weights_and_the_settings() -> None:
     assert EUScorer(model).fingerprint() == fingerprint
     assert EUScorer(model, el2n=True).fingerprint() != fingerprint
     assert EUScorer(tiny(seed=1)).fingerprint() != EUScorer(tiny()).fingerprint()
+    with model.disable_adapter():
+        assert EUScorer(model).fingerprint() != fingerprint
+    assert EUScorer(model).fingerprint() == fingerprint
     with torch.no_grad():
-        next(p for n, p in model.named_parameters() if "lora_B" in n).add_(0.01)
+        next(p for n, p in model.named_parameters() if "lora_B" in n)[3, 3] += 0.01
     assert EUScorer(model).fingerprint() != fingerprint
+    # The order of a set, such as PEFT's target modules, changes from process to process.
+    assert stable({"b", "a", "c"}) == b'["a", "b", "c"]'
+
+
+def test_single_rows_are_refused() -> None:
+    for rows in ({"text": "one row"}, {"input_ids": [5, 6, 7]}):
+        with pytest.raises(ValueError, match="call map with batched=True"):
+            EUScorer(tiny(), word_tokenizer())(rows)
+
+
+def test_tokens_of_rows_without_a_score_are_not_lost() -> None:
+    data = Dataset.from_dict({"input_ids": [[5, 6, 7, 8, 9, 10], [5, 6]], "labels": [[5, 6, 7, 8, 9, 10], [-100, 6]]})
+    with pytest.warns(UserWarning, match="too long"):
+        short = score(data, tiny(), max_length=4, progress=False)
+    assert short["input_ids"][:] == data["input_ids"][:]
+    assert short["labels"][0] == data["labels"][0]
+    assert short["supervised_tokens"][:] == [0, 1]
+    assert not any(score(short, tiny(), progress=False)["unscored"])
+
+
+def test_padded_data_stays_consistent() -> None:
+    data = Dataset.from_dict(
+        {"input_ids": [[0, 0, 5, 6, 7], [5, 6, 7, 8, 9]], "attention_mask": [[0, 0, 1, 1, 1], [1] * 5]}
+    )
+    scored = score(data, tiny(), progress=False)
+    assert [len(row) for row in scored["input_ids"]] == [len(row) for row in scored["attention_mask"]] == [5, 5]
+    assert scored["labels"][0] == [-100, -100, -100, 6, 7]
+    again = score(scored, tiny(), progress=False)
+    np.testing.assert_allclose(again["error"], scored["error"], atol=1e-6)
+
+
+def test_named_columns_are_scored_even_beside_tokens() -> None:
+    data = Dataset.from_dict({"prompt": ["w5 w6"], "completion": [" w7 w8 w9"], "input_ids": [[5, 6]]})
+    options = {"columns": {"completion": "completion"}, "chat_template": False, "progress": False}
+    assert score(data, tiny(), word_tokenizer(), **options)["supervised_tokens"] == [4]
+
+
+@pytest.mark.parametrize("change", ["shuffle", "filter", "split"])
+def test_rearranged_tokens_are_scored(change: str) -> None:
+    data = Dataset.from_dict(rows_of_tokens(8))
+    data = {
+        "shuffle": lambda: data.shuffle(seed=0),
+        "filter": lambda: data.filter(lambda row: row["input_ids"][0] % 2),
+        "split": lambda: data.train_test_split(0.5, seed=0)["train"],
+    }[change]()
+    scored = score(data, tiny(), progress=False)
+    assert scored["input_ids"][:] == data["input_ids"][:]
+    np.testing.assert_allclose(scored["error"], EUScorer(tiny())(data[:])["error"], atol=1e-5)

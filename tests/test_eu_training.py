@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, randomize_side_network, side_parameters, tiny, token_ids
+from conftest import FAMILIES, randomize_side_network, side_parameters, tiny, token_ids, word_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 
 from qtuning_peft import EUPruner, EUPruningCallback, EUScorer, SideTuningConfig
 from qtuning_peft.demo.gsm8k import RightPadding
@@ -148,13 +148,7 @@ def test_packed_samples_are_dropped_with_their_tokens() -> None:
 
 def test_trl_trains_with_it(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
 
-    words = {f"w{i}": i for i in range(98)} | {"<pad>": 98, "<eos>": 99}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="<pad>", eos_token="<eos>"
-    )
     callback = EUPruningCallback(EUPruner(sample_ratio=0.5, token_ratio=0.5))
     trainer = trl.SFTTrainer(
         tiny(),
@@ -163,7 +157,7 @@ def test_trl_trains_with_it(tmp_path: Path) -> None:
             logging_steps=1, learning_rate=1e-2, save_strategy="no",
         ),
         train_dataset=Dataset.from_list(rows_of_tokens(16)),
-        processing_class=tokenizer,
+        processing_class=word_tokenizer(),
         peft_config=SideTuningConfig(r=2, task_type="CAUSAL_LM"),
         callbacks=[callback],
     )  # fmt: skip
@@ -176,20 +170,14 @@ def test_trl_trains_with_it(tmp_path: Path) -> None:
 
 def test_pruned_data_trains_in_trl_with_its_labels(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
 
-    words = {f"w{i}": i for i in range(98)} | {"<pad>": 98, "<eos>": 99}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="<pad>", eos_token="<eos>"
-    )
     scored = Dataset.from_list(rows_of_tokens(16)).map(EUScorer(tiny()), batched=True)
     kept = scored.map(EUPruner(sample_ratio=0.5, token_ratio=0.5).fit(scored), batched=True)
     trainer = trl.SFTTrainer(
         tiny(),
         args=trl.SFTConfig(output_dir=str(tmp_path), per_device_train_batch_size=8, report_to="none", use_cpu=True),
         train_dataset=kept,
-        processing_class=tokenizer,
+        processing_class=word_tokenizer(),
     )
     batch = next(iter(trainer.get_train_dataloader()))
     assert (batch["labels"] != -100).sum() == sum(kept["supervised_tokens"])
@@ -224,6 +212,99 @@ def test_kept_states_give_the_same_step_as_the_base(family: str) -> None:
         torch.testing.assert_close(replayed[name], gradient, atol=1e-5, rtol=1e-4)
     step()
     assert len(ran) == 1
+
+
+@pytest.mark.parametrize("method", ["lora", "qst"])
+def test_a_batch_of_equal_samples_trains(method: str, tmp_path: Path) -> None:
+    rows = rows_of_tokens(1) * 8
+    callback = EUPruningCallback(EUPruner(sample_ratio=0.25, token_ratio=0.5))
+    Trainer(
+        adapted(method), arguments(tmp_path), train_dataset=rows, data_collator=RightPadding(0), callbacks=[callback]
+    ).train()
+    assert callback.collator.kept_samples > 0
+
+
+@pytest.mark.parametrize("method", ["lora", "qst"])
+def test_an_interrupted_training_leaves_nothing_to_the_next(method: str, tmp_path: Path) -> None:
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    model, callback = adapted(method), EUPruningCallback(EUPruner(sample_ratio=0.5))
+    base_batches = batch_sizes(model, "layers.0")
+
+    class SameLoader(Trainer):
+        loader: Any = None
+
+        def get_train_dataloader(self) -> Any:
+            SameLoader.loader = SameLoader.loader or super().get_train_dataloader()
+            return SameLoader.loader
+
+    def trainer(*callbacks: TrainerCallback) -> Trainer:
+        return SameLoader(
+            model,
+            arguments(tmp_path),
+            train_dataset=rows_of_tokens(32),
+            data_collator=RightPadding(0),
+            callbacks=list(callbacks),
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(callback, Interrupt()).train()
+    base_batches.clear()
+    again = trainer(callback)
+    again.train()
+    # Pruned once, and with a side network no pass of the base is wasted.
+    assert callback.collator.kept_samples * 2 == callback.collator.samples == 32
+    assert sorted(base_batches) == ([8] * 4 if method == "qst" else [4] * 4 + [8] * 4)
+    assert all(entry["kept_samples"] == 0.5 for entry in again.state.log_history if "kept_samples" in entry)
+
+
+def test_states_are_for_the_same_input_and_outputs_alone() -> None:
+    model = adapted("qst").train()
+    input_ids, mask = token_ids(2, 8), torch.ones(2, 8, dtype=torch.int64)
+    mask[1, 5:] = 0
+    ran = batch_sizes(model, "layers.0")
+    use_in_next_forward(model, base_states(model, input_ids, attention_mask=mask))
+    ran.clear()
+    model(input_ids=input_ids)
+    model(input_ids=input_ids, attention_mask=torch.ones_like(mask))
+    assert len(model(input_ids=input_ids, attention_mask=mask, output_hidden_states=True).hidden_states) == 4
+    assert len(ran) == 3
+    model(input_ids=input_ids, attention_mask=mask)
+    assert len(ran) == 3
+
+
+def test_at_most_two_states_wait() -> None:
+    model = adapted("qst")
+    for seed in range(4):
+        use_in_next_forward(model, base_states(model, token_ids(2, 8, seed=seed)))
+    waiting = side_tuning_layer(model).waiting_states
+    assert [states.input_ids.tolist() for states in waiting] == [token_ids(2, 8, seed=s).tolist() for s in (2, 3)]
+
+
+def test_packed_batches_of_trl_lose_their_dropped_tokens(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    model = adapted("lora")
+    lengths: list[int] = []
+    model.get_base_model().model.layers[0].register_forward_pre_hook(
+        lambda module, args: lengths.append(args[0].shape[1]) if module.training else None
+    )
+    callback = EUPruningCallback(EUPruner(sample_ratio=0.5))
+    trainer = trl.SFTTrainer(
+        model,
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path), per_device_train_batch_size=2, max_length=64, packing=True, report_to="none",
+            use_cpu=True, save_strategy="no", max_steps=2,
+        ),
+        train_dataset=Dataset.from_list(rows_of_tokens(32)),
+        processing_class=word_tokenizer(),
+        callbacks=[callback],
+    )  # fmt: skip
+    trainer.train()
+    assert callback.collator.samples > 8
+    assert callback.collator.kept_samples * 2 == pytest.approx(callback.collator.samples, abs=3)
+    assert max(lengths) < 100
 
 
 def test_states_of_other_tokens_wait_and_generation_ignores_them() -> None:

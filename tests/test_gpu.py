@@ -10,7 +10,7 @@ from conftest import randomize_side_network, side_parameters, tiny, token_ids
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qtuning_peft import SideTuningConfig
+from qtuning_peft import EUScorer, SideTuningConfig
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,3 +59,22 @@ def test_cached_generation_equals_uncached(cache: dict[str, str]) -> None:
     randomize_side_network(model, scale=0.3)
     options = {"input_ids": token_ids(2, 6).cuda(), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(**options, **cache), model.generate(**options, use_cache=False))
+
+
+def test_scores_are_those_of_the_cpu() -> None:
+    rows = {"input_ids": token_ids(3, 12).tolist()}
+    on_cpu = EUScorer(tiny())(rows)
+    on_gpu = EUScorer(tiny().cuda())(rows)
+    for name in ("error", "uncertainty"):
+        assert on_gpu[name] == pytest.approx(on_cpu[name], abs=1e-4)
+
+
+def test_scoring_holds_the_logits_of_a_chunk_alone() -> None:
+    model = tiny(vocab_size=100_000).cuda()
+    rows = {"input_ids": [[5] * 2000] * 8}
+    EUScorer(model, tokens_per_batch=2000)(rows)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    EUScorer(model, tokens_per_batch=16_000)(rows)
+    # All logits would be 6.4 GB; a chunk is 256 MiB, and a pass over it holds a few of its size.
+    assert torch.cuda.max_memory_allocated() - before < 1.5 * 2**30

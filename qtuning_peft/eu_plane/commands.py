@@ -6,6 +6,7 @@ Files of JSON lines, Parquet, or folders of `Dataset.save_to_disk`; what the out
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from safetensors import SafetensorError
 
 console = Console(stderr=True)
 
@@ -58,7 +60,7 @@ def one_sentence() -> Iterator[None]:
         )
         try:
             yield
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             console.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False)
             raise typer.Exit(1) from error
 
@@ -148,7 +150,7 @@ def prune(
         )  # fmt: skip
         rows = read_data(data, split)
         pruner.fit(rows)
-        write_data(rows.map(pruner, batched=True, load_from_cache_file=False), output)
+        write_data(rows.map(pruner, batched=True, keep_in_memory=True), output)
         console.print(f"{pruner.pruned}: {output}", highlight=False)
 
 
@@ -239,7 +241,8 @@ def load_tokenizer(name: str | None) -> Any:
 def remove_parts(folder: Path) -> None:
     """Remove finished parts, and their folder if nothing else is in it."""
     for part in folder.glob("*.arrow"):
-        part.unlink()
+        if re.fullmatch(r"[0-9a-f]{16}", part.stem):
+            part.unlink()
     if not any(folder.iterdir()):
         folder.rmdir()
 

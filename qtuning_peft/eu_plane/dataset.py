@@ -118,22 +118,21 @@ def _score(
             indices = range(start, min(start + rows_per_part, len(dataset)))
             rows = dataset[indices.start : indices.stop]
             file = folder / f"{Hasher.hash([fingerprint, rows])}.arrow"
-            if file.is_file():
-                bar.update(len(indices))
-                bar.set_postfix_str("resumed")
-            else:
+            part = read(file, len(indices))
+            if part is None:
                 scorer.on_progress = bar.update
-                write(Dataset.from_dict(scorer(rows, indices)), file)
+                part = Dataset.from_dict(scorer(rows, indices))
                 scorer.on_progress = None
-                # Rows that were not run, or in several pieces.
-                bar.n = indices.stop
-                bar.refresh()
-            parts.append(file)
-        tables = [Dataset.from_file(str(file), in_memory=resume_dir is None) for file in parts]
-    scores = concatenate_datasets(tables)
-    return concatenate_datasets(
-        [dataset.remove_columns([*{*dataset.column_names} & {*scores.column_names}]), scores], axis=1
-    )
+                write(part, file)
+            else:
+                bar.set_postfix_str("resumed")
+            # Rows that were not run, or in several pieces.
+            bar.n = indices.stop
+            bar.refresh()
+            parts.append(part)
+    scores = concatenate_datasets(parts)
+    others = [name for name in dataset.column_names if name not in scores.column_names]
+    return concatenate_datasets([dataset.select_columns(others), scores], axis=1) if others else scores
 
 
 @contextmanager
@@ -149,6 +148,16 @@ def part_folder(resume_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
     except FileExistsError as error:
         raise ValueError(f"resume_dir is {folder}, which is a file; name a folder.") from error
     yield folder
+
+
+def read(file: Path, rows: int) -> Dataset | None:
+    """The finished part in `file`, if there is a whole one."""
+    try:
+        # In memory, as `datasets` would otherwise keep its caches in that folder, which may be deleted.
+        part = Dataset.from_file(str(file), in_memory=True)
+    except (OSError, pa.ArrowInvalid):
+        return None
+    return part if len(part) == rows and {"error", "labels", "unscored"} <= {*part.column_names} else None
 
 
 def write(part: Dataset, file: Path) -> None:

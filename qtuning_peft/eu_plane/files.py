@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_from_disk
-from datasets.exceptions import DatasetGenerationError
 
 from ..atomic import replacing
 
@@ -39,6 +41,8 @@ def read_data(path: Path, split: str | None = None) -> Dataset:
             data = data[split]
     elif not path.is_file():
         raise ValueError(f"There is no data at {path}; name a file or a folder.")
+    elif split is not None:
+        raise ValueError(f"--split is {split}, but {path} is a file; leave --split out.")
     else:
         data = _read_file(path)
     if not len(data):
@@ -47,30 +51,47 @@ def read_data(path: Path, split: str | None = None) -> Dataset:
 
 
 def _read_file(path: Path) -> Dataset:
-    if path.suffix not in (*JSON_LINES, ".parquet"):
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        try:
+            return Dataset(pq.read_table(path))
+        except (pa.ArrowException, ValueError) as error:
+            raise ValueError(f"{path} is no Parquet file: {str(error).splitlines()[0]}.") from error
+    if suffix not in JSON_LINES:
         raise ValueError(f"{path.name} ends in {path.suffix or 'nothing'}; it must be .jsonl or .parquet, or a folder.")
-    if not path.stat().st_size:
-        raise ValueError(f"{path} has no rows.")
+    rows = list(_json_rows(path))
+    # In order of appearance; a row may lack some.
+    names = list(dict.fromkeys(name for row in rows for name in row))
     try:
-        return Dataset.from_parquet(str(path)) if path.suffix == ".parquet" else Dataset.from_json(str(path))
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        broken = _broken_line(path) if path.suffix in JSON_LINES else None
-        if broken:
-            raise ValueError(f"{path}, line {broken} is no JSON object; repair or remove it.") from error
-        cause = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ValueError(f"{path} cannot be read: {cause}.") from error
+        return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        cause = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} has a column of several types, or of values too large: {cause}.") from error
 
 
-def _broken_line(path: Path) -> int | None:
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of JSON lines, or of one array, as they are written: other readers take a string like a date for one."""
+    with path.open("rb") as file:
+        if file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            try:
+                rows = json.loads(path.read_text(encoding="utf-8-sig"))
+            except ValueError as error:
+                raise ValueError(f"{path} is no JSON array: {error}.") from error
+            if not all(isinstance(row, dict) for row in rows):
+                raise ValueError(f"{path} is an array of something other than objects; make every entry a row.")
+            yield from rows
+            return
+        file.seek(0)
+        for number, line in enumerate(file, start=1):
+            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if text.strip():
                 try:
-                    if not isinstance(json.loads(line), dict):
-                        return number
-                except json.JSONDecodeError:
-                    return number
-    return None
+                    row = json.loads(text.decode("utf-8"))
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number} is no JSON object; repair or remove it.") from error
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}, line {number} is no JSON object; repair or remove it.")
+                yield row
 
 
 def check_output(path: Path) -> None:
@@ -79,10 +100,13 @@ def check_output(path: Path) -> None:
     Raises:
         ValueError: when it cannot.
     """
-    if path.suffix in (*JSON_LINES, ".parquet"):
+    suffix = path.suffix.lower()
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} is neither a file nor a folder; choose another output.")
+    if suffix in (*JSON_LINES, ".parquet"):
         if path.is_dir():
             raise ValueError(f"{path} is a folder; name a file.")
-    elif path.suffix:
+    elif suffix:
         raise ValueError(f"{path.name} ends in {path.suffix}; it must be .jsonl or .parquet, or have no ending.")
     elif path.is_file():
         raise ValueError(f"{path} is a file; name a folder.")
@@ -103,9 +127,9 @@ def write_data(data: Dataset, path: Path) -> None:
     """
     check_output(path)
     with replacing(path) as unfinished:
-        if path.suffix in JSON_LINES:
+        if path.suffix.lower() in JSON_LINES:
             _write_lines(data, unfinished)
-        elif path.suffix == ".parquet":
+        elif path.suffix.lower() == ".parquet":
             data.to_parquet(str(unfinished))
         else:
             data.save_to_disk(str(unfinished))

@@ -154,7 +154,14 @@ class EUPruner:
         Returns:
             This pruner.
         """
+        if getattr(scored, "column_names", None) and not hasattr(scored, "__len__"):
+            raise ValueError(
+                "The data is streamed, so thresholds for all of it cannot be found; set per_batch to True."
+            )
+        scored = scored.with_format(None) if hasattr(scored, "with_format") else scored
         rows = self._columns(scored)
+        if self.tokenizer is not None and self.token_ratio < 1:
+            rows["protected"] = np.array([self._protected(supervised(labels)).sum() for labels in scored["labels"]])
         self._cuts, quadrants, notes = self._divide(rows)
         self.pruned = self._summary(rows, quadrants, notes)
         for note in notes:
@@ -165,7 +172,8 @@ class EUPruner:
         """Quadrant of every row, (rows,); `kept` or `dropped` with another strategy than the plane."""
         columns = self._columns(rows)
         if self.per_batch:
-            return self._divide(columns)[1]
+            aside = self._set_aside(columns)
+            return self._divide(columns)[1] if (aside == "").any() else aside
         return self._label(columns, self.cuts)
 
     def _columns(self, rows: Dataset | Mapping[str, Sequence[Any]]) -> Columns:
@@ -185,13 +193,16 @@ class EUPruner:
             raise ValueError(f"The data has no column {', '.join(missing)}; {advice}.")
         columns: Columns = {name: rows[name][:] for name in needed}
         for name in needed - {"input_ids", self.stratum_column}:
-            columns[name] = np.array([np.nan if v is None else v for v in columns[name]], np.float64)
+            try:
+                columns[name] = np.array([np.nan if v is None else v for v in columns[name]], np.float64)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"Column {name} holds something other than numbers; score the data again.") from error
         count = len(columns["error"])
         if not count:
             raise ValueError("The data is empty; there is nothing to prune.")
         unscored = rows["unscored"][:] if "unscored" in given else [""] * count
         columns["unscored"] = np.array([bool(reason) for reason in unscored])
-        for name in ("error", "uncertainty"):
+        for name in sorted(needed & {"error", "uncertainty", "supervised_tokens", "el2n", "repetition"}):
             broken = np.flatnonzero(~np.isfinite(columns[name]) & ~columns["unscored"])
             if len(broken):
                 raise ValueError(
@@ -235,7 +246,13 @@ class EUPruner:
         return aside
 
     def _stratum(self, rows: Columns, index: int) -> Any:
-        return None if self.stratum_column is None else rows[self.stratum_column][index]
+        if self.stratum_column is None:
+            return None
+        value = rows[self.stratum_column][index]
+        if isinstance(value, (list, dict)):
+            raise ValueError(f"{self.stratum_column} is a {type(value).__name__} in row {index}; name a simple column.")
+        # NaN is not equal to itself; such rows are one stratum, with those that have no value.
+        return value if value == value else None
 
     def _label(self, rows: Columns, cuts: dict[Any, Cut]) -> np.ndarray:
         quadrants = self._set_aside(rows)
@@ -255,7 +272,7 @@ class EUPruner:
         return Pruned(
             counts={name: found[name] for name in (*names, DEGENERATE, UNSCORED) if name in names or found[name]},
             kept_samples=int(np.isin(quadrants, KEEP).sum()),
-            kept_tokens=self._budget.kept_tokens(quadrants, tokens),
+            kept_tokens=self._budget.kept_tokens(quadrants, rows),
             samples=len(quadrants),
             tokens=int(tokens.sum()),
             correlation=spearman(rows["error"][scored], rows["uncertainty"][scored]),
@@ -275,7 +292,9 @@ class EUPruner:
         Returns:
             The same columns and `quadrant`, with the kept rows alone, their `labels` trimmed.
         """
-        columns = {name: rows[name] for name in rows.keys()}  # noqa: SIM118 (datasets' lazy batches iterate otherwise)
+        columns = {name: plain(rows[name]) for name in rows.keys()}  # noqa: SIM118 (lazy batches iterate otherwise)
+        if not all(isinstance(column, list) for column in columns.values()):
+            raise ValueError("A single row came instead of a batch; call map with batched=True.")
         missing = sorted({"input_ids", "labels", *TOKEN_STRATEGIES[self.token_strategy][0]} - columns.keys())
         if missing:
             raise ValueError(f"The data has no column {', '.join(missing)}; score the data with EUScorer first.")
@@ -293,7 +312,7 @@ class EUPruner:
     def kept_tokens(self, row: Mapping[str, Any]) -> np.ndarray:
         """Which supervised tokens of `row` stay when it is trimmed, (supervised tokens,), bool."""
         scores = TOKEN_STRATEGIES[self.token_strategy][1](row, self.neighbour_weight, self.seed)
-        tokens = [label for label in row["labels"] if label != IGNORE_INDEX]
+        tokens = supervised(row["labels"])
         if len(tokens) != len(scores):
             raise ValueError(
                 f"A row has {len(tokens)} supervised tokens and {len(scores)} token scores; score the data again."
@@ -322,6 +341,19 @@ class EUPruner:
         if self.tokenizer is None:
             return np.zeros(len(tokens), bool)
         return protected_tokens(self.tokenizer, tokens, self.protect)
+
+
+def supervised(labels: Sequence[int]) -> list[int]:
+    """The supervised tokens among `labels`."""
+    return [label for label in labels if label != IGNORE_INDEX]
+
+
+def plain(column: Any) -> Any:
+    """A column of any of `datasets`' formats as a list."""
+    if isinstance(column, (str, bytes, dict, float, int)) or column is None:
+        return column
+    column = column.tolist() if hasattr(column, "tolist") else list(column)
+    return [value.tolist() if hasattr(value, "tolist") else value for value in column]
 
 
 def take(rows: Columns, members: Sequence[int]) -> Columns:

@@ -76,17 +76,17 @@ def thresholds_at(step: int, errors: np.ndarray, uncertainties: np.ndarray) -> T
     # How many samples lie beyond each threshold; the four take turns.
     error_low, uncertainty_low, error_high, uncertainty_high = ((step + 3 - turn) // 4 for turn in range(4))
 
-    def low(values: np.ndarray, beyond: int) -> float:
-        return float(values[beyond]) if beyond < count else float("inf")
-
-    def high(values: np.ndarray, beyond: int) -> float:
-        return float(values[count - 1 - beyond]) if beyond < count else float("-inf")
+    def between(values: np.ndarray, rank: int) -> float:
+        # Half-way between two samples: scores rounded on their way through a file or a format stay on their side.
+        if 0 < rank < count:
+            return float((values[rank - 1] + values[rank]) / 2)
+        return float("inf") if rank else float("-inf")
 
     return Thresholds(
-        error_low=low(errors, error_low),
-        error_high=high(errors, error_high),
-        uncertainty_low=low(uncertainties, uncertainty_low),
-        uncertainty_high=high(uncertainties, uncertainty_high),
+        error_low=between(errors, error_low),
+        error_high=between(errors, count - error_high),
+        uncertainty_low=between(uncertainties, uncertainty_low),
+        uncertainty_high=between(uncertainties, count - uncertainty_high),
         error_median=float(np.median(errors)),
         quantile=step / (4 * count),
     )
@@ -95,12 +95,12 @@ def thresholds_at(step: int, errors: np.ndarray, uncertainties: np.ndarray) -> T
 def find_thresholds(
     error: np.ndarray, uncertainty: np.ndarray, budget: float, cost: Callable[[np.ndarray], float]
 ) -> Thresholds:
-    """The thresholds whose kept samples cost nearest to `budget`; of two equally near, the more generous.
+    """The thresholds whose kept samples cost nearest to `budget`; of two equally near, the more. Something is kept.
 
     Args:
         error: (samples,), nats, finite, at least one.
         uncertainty: (samples,), nats, finite.
-        budget: What the kept samples may cost.
+        budget: What the kept samples may cost; of 0 nothing is kept.
         cost: From quadrants (samples,) to what is kept of them, in samples or in tokens; it must not rise as samples
             leave. Samples with equal scores leave together, which can make the exact budget unreachable.
 
@@ -115,5 +115,8 @@ def find_thresholds(
     last = 4 * len(errors)
     step = bisect_left(range(last), True, key=lambda step: kept(step) <= budget)
     if step > 0 and kept(step - 1) - budget <= budget - kept(step):
+        step -= 1
+    # Before the last steps, of which each empties one of the two corners, something is always kept.
+    while budget > 0 and kept(step) == 0:
         step -= 1
     return thresholds_at(step, errors, uncertainties)

@@ -27,7 +27,10 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "text": ("text",),
 }
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
+    "system": "system", "tool": "tool", "observation": "tool",
+}  # fmt: skip
 # The prompts of Stanford Alpaca, for models without a chat template.
 ALPACA_PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -71,7 +74,10 @@ class RowEncoder:
         if missing:
             raise ValueError(f"The data has no column {', '.join(missing)}; its columns are {', '.join(names)}.")
         canonical = {*names, *self.columns}
-        found = next((name for name, needed in FORMATS.items() if canonical.issuperset(needed)), None)
+        fitting = [name for name, needed in FORMATS.items() if canonical.issuperset(needed)]
+        # Named columns are meant, even beside tokens that an earlier scoring left.
+        named = [name for name in fitting if not self.columns.keys().isdisjoint(FORMATS[name])]
+        found = next(iter([*named, *fitting]), None)
         if found is None:
             raise ValueError(
                 f"The data's columns are {', '.join(names) or 'none'}; needed are input_ids, messages, prompt and "
@@ -123,9 +129,10 @@ class RowEncoder:
     def _conversations(self, row: Mapping[str, Any]) -> EncodedRow:
         turns = row["conversations"]
         if turns and "from" in turns[0]:
-            turns = [
-                {"role": SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in turns
-            ]
+            unknown = sorted({turn["from"] for turn in turns} - SHAREGPT_ROLES.keys())
+            if unknown:
+                raise RowError(f"a turn is from {unknown[0]!r}; known are {', '.join(SHAREGPT_ROLES)}")
+            turns = [{"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
         return self._conversation(turns, row)
 
     def _prompt(self, row: Mapping[str, Any]) -> EncodedRow:
@@ -139,12 +146,12 @@ class RowEncoder:
         return self._prompt_and_answer(prompt, completion, row)
 
     def _alpaca(self, row: Mapping[str, Any]) -> EncodedRow:
-        context = row.get("input") or ""
+        context, instruction = row.get("input") or "", _string(row["instruction"], "instruction")
         if self.chat_template:
-            prompt = f"{row['instruction']}\n\n{context}" if context else row["instruction"]
+            prompt = f"{instruction}\n\n{context}" if context else instruction
         else:
             template = ALPACA_INPUT_PROMPT if context else ALPACA_PROMPT
-            prompt = template.format(instruction=row["instruction"], input=context)
+            prompt = template.format(instruction=instruction, input=context)
         return self._prompt_and_answer(prompt, row["output"], row)
 
     def _text(self, row: Mapping[str, Any]) -> EncodedRow:
@@ -165,7 +172,7 @@ class RowEncoder:
 
     def _conversation(self, messages: Any, row: Mapping[str, Any]) -> EncodedRow:
         # `datasets` fills keys that only some messages have with None, which templates take for a value.
-        messages = [{key: value for key, value in message.items() if value is not None} for message in messages or ()]
+        messages = _without_none(list(messages or ()))
         if not messages:
             raise RowError("empty: no messages")
         if "{% generation" in self.tokenizer.chat_template.replace("{%-", "{%"):
@@ -174,7 +181,10 @@ class RowEncoder:
         spans = []
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
-                before = self._render(messages[:index], row, add_generation_prompt=True) if index else ""
+                before = (
+                    self._render(messages[:index], row, add_generation_prompt=True) if index else self._opening(row)
+                )
+                before = before if index or text.startswith(before) else ""
                 after = self._render(messages[: index + 1], row)
                 spans.append((_length_of_prefix(text, before), _length_of_prefix(text, after)))
         return self._tokens(text, spans)
@@ -185,6 +195,13 @@ class RowEncoder:
             messages, return_dict=True, return_assistant_tokens_mask=True, **_template_arguments(row)
         )
         return tokenized({key: encoding[key] for key in ("input_ids", "assistant_masks")})
+
+    def _opening(self, row: Mapping[str, Any]) -> str:
+        """What stands before an assistant that speaks first."""
+        try:
+            return self._render([], row, add_generation_prompt=True)
+        except Exception:  # many templates need a message
+            return ""
 
     def _render(self, messages: Sequence[Any], row: Mapping[str, Any], add_generation_prompt: bool = False) -> str:
         text: str = self.tokenizer.apply_chat_template(
@@ -212,7 +229,13 @@ OPTIONAL_COLUMNS = {
 
 
 def _template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"tools": row.get("tools") or None, **(row.get("chat_template_kwargs") or {})}
+    return {"tools": _without_none(row.get("tools")) or None, **(row.get("chat_template_kwargs") or {})}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _string(value: Any, name: str) -> str:

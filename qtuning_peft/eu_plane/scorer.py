@@ -8,7 +8,6 @@ pieces of one sample each, sorted by length, run in batches of a fixed number of
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -19,10 +18,11 @@ from torch import nn
 
 from ..loss import IGNORE_INDEX
 from .batching import Piece, mean, run
+from .identity import fingerprint
 from .repetition import repetition
 from .rows import RowEncoder
 from .scores import causal_model
-from .tokenized import EncodedRow, RowError
+from .tokenized import EncodedRow, RowError, untouched
 
 
 class EUScorer:
@@ -98,17 +98,22 @@ class EUScorer:
         """
         names = list(rows.keys())
         kind = self.encoder.format_of(names)
+        if kind == "tokens" and any(isinstance(value, int) for value in rows["input_ids"][:1]):
+            raise ValueError("A single row came instead of a batch; call map with batched=True.")
+        if any(isinstance(rows[name], str) for name in names):
+            raise ValueError("A single row came instead of a batch; call map with batched=True.")
         count = len(rows[names[0]])
         encoded: list[EncodedRow] = []
         unscored = [""] * count
         for index in range(count):
+            row = {name: rows[name][index] for name in names}
             try:
-                encoded.append(self._encode({name: rows[name][index] for name in names}, kind))
+                encoded.append(self._encode(row, kind))
             except RowError as error:
-                encoded.append(EncodedRow([], []))
+                encoded.append(untouched(row) if kind == "tokens" else EncodedRow([], []))
                 unscored[index] = str(error)
 
-        result = self._score(encoded)
+        result = self._score([EncodedRow([], []) if reason else r for r, reason in zip(encoded, unscored, strict=True)])
         for index, values in enumerate(result["token_error"]):
             if not unscored[index] and not np.isfinite(values).all():
                 unscored[index] = "the model's output is not finite"
@@ -118,11 +123,11 @@ class EUScorer:
                     result[name][index] = np.zeros(0, np.float32)
 
         columns: dict[str, list[Any]] = {
-            "input_ids": [np.asarray(row.input_ids, np.int64) for row in encoded],
-            "labels": [np.asarray(row.labels, np.int64) for row in encoded],
+            "input_ids": [np.asarray(row.all_input_ids, np.int64) for row in encoded],
+            "labels": [np.asarray(row.all_labels, np.int64) for row in encoded],
             "error": [mean(values) for values in result["token_error"]],
             "uncertainty": [mean(values) for values in result["token_uncertainty"]],
-            "supervised_tokens": [np.int64(len(row.positions())) for row in encoded],
+            "supervised_tokens": [np.int64(len(values)) for values in result["token_error"]],
             "repetition": [np.float64(repetition([row.labels[i] for i in row.positions()])) for row in encoded],
             "unscored": unscored,
         }
@@ -185,35 +190,14 @@ class EUScorer:
     # -- identity ------------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
-        """A name for what this scorer computes: it changes with the model's weights, the adapter and the settings."""
-        digest = hashlib.sha256()
-        tokenizer = self.encoder.tokenizer
-        settings = [
-            self.encoder.columns, self.encoder.chat_template, self.max_length, self.tokens_per_batch, self.el2n,
-            self.ifd, getattr(tokenizer, "chat_template", None), getattr(tokenizer, "name_or_path", None),
-        ]  # fmt: skip
-        digest.update(repr(settings).encode())
-        for model in (self.model, self.reference_model):
-            if model is not None:
-                digest.update(model_fingerprint(model).encode())
-        return digest.hexdigest()[:16]
+        """A name for what this scorer computes: it changes with weights, adapters, tokenizer and settings."""
+        settings = [self.encoder.columns, self.encoder.chat_template, self.max_length, self.tokens_per_batch]
+        models = [model for model in (self.model, self.reference_model) if model is not None]
+        return fingerprint([*settings, self.el2n, self.ifd], self.encoder.tokenizer, models)
 
     def __reduce__(self) -> Any:
         # `map` pickles its function to name its cache; copying a whole model for that would cost more than scoring.
         return _refuse_unpickling, (self.fingerprint(),)
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """A name for a model's weights, from its configuration and a sample of every floating-point tensor."""
-    digest = hashlib.sha256(repr(causal_model(model).config.to_dict()).encode())
-    digest.update(repr([getattr(model, "active_adapters", None), getattr(model, "peft_config", None)]).encode())
-    for name, parameter in model.named_parameters():
-        # Quantized weights are left out: some kernels repack them in place, and they do not change in training.
-        if parameter.is_floating_point() and not parameter.is_meta:
-            flat = parameter.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 64)].double().cpu()
-            digest.update(name.encode() + sample.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _refuse_unpickling(fingerprint: str) -> EUScorer:

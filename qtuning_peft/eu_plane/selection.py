@@ -23,7 +23,7 @@ KEPT, DROPPED, DEGENERATE, UNSCORED = "kept", "dropped", "degenerate", "unscored
 KEEP = (MISCONCEPTION, CALIBRATION, KEPT)
 TRIM = (MISCONCEPTION, KEPT)
 
-# Columns of the data: arrays (rows,), or lists of what is not a number.
+# Columns of the data: arrays (rows,), or lists of what is not a number. `protected` counts tokens that are not trimmed.
 Columns = dict[str, Any]
 
 
@@ -102,16 +102,20 @@ class Budget:
             targets[group] += 1
         return {group: float(target) for group, target in targets.items()}
 
-    def cost(self, quadrants: np.ndarray, supervised_tokens: np.ndarray) -> float:
-        """What is kept of samples in `quadrants`, in the budget's unit; both (samples,)."""
+    def cost(self, quadrants: np.ndarray, rows: Columns) -> float:
+        """What is kept of `rows`, whose quadrants are (rows,), in the budget's unit."""
         if self.num_tokens is None:
             return float(np.isin(quadrants, KEEP).sum())
-        return float(self.kept_tokens(quadrants, supervised_tokens))
+        return float(self.kept_tokens(quadrants, rows))
 
-    def kept_tokens(self, quadrants: np.ndarray, supervised_tokens: np.ndarray) -> int:
-        """Supervised tokens that stay of samples in `quadrants`; both (samples,)."""
-        trimmed = kept_counts(supervised_tokens, self.token_ratio)
-        tokens = np.where(np.isin(quadrants, TRIM), trimmed, supervised_tokens)
+    def trimmed(self, rows: Columns) -> np.ndarray:
+        """Supervised tokens that stay of every row if it is trimmed, (rows,)."""
+        counts = kept_counts(rows["supervised_tokens"], self.token_ratio)
+        return np.maximum(counts, rows["protected"]) if "protected" in rows else counts
+
+    def kept_tokens(self, quadrants: np.ndarray, rows: Columns) -> int:
+        """Supervised tokens that stay of `rows`, whose quadrants are (rows,)."""
+        tokens = np.where(np.isin(quadrants, TRIM), self.trimmed(rows), rows["supervised_tokens"])
         return int(tokens[np.isin(quadrants, KEEP)].sum())
 
 
@@ -142,20 +146,20 @@ class Cut:
 
 
 def find_cut(rows: Columns, strategy: str, budget: Budget, target: float, seed: int) -> Cut:
-    """The cut of `rows` whose kept samples cost nearest to `target`."""
+    """The cut of `rows` whose kept samples cost nearest to `target`; something is kept unless that is 0."""
     mean_error = float(rows["error"].mean())
-    tokens = rows["supervised_tokens"]
     if strategy == EU_PLANE:
-        thresholds = find_thresholds(rows["error"], rows["uncertainty"], target, lambda q: budget.cost(q, tokens))
+        thresholds = find_thresholds(rows["error"], rows["uncertainty"], target, lambda q: budget.cost(q, rows))
         return Cut(strategy, seed, thresholds, mean_error=mean_error)
     priority = SAMPLE_STRATEGIES[strategy][1](rows, seed, mean_error)
-    # Each candidate keeps one more group of equal priorities; the first keeps nothing.
+    if target == 0:
+        return Cut(strategy, seed, priority=math.inf, mean_error=mean_error)
+    # Each candidate keeps one more group of equal priorities.
     candidates, group = np.unique(-priority, return_inverse=True)
-    worth = np.ones(len(priority)) if budget.num_tokens is None else kept_counts(tokens, budget.token_ratio)
-    costs = np.concatenate([[0.0], np.cumsum(np.bincount(group, weights=worth))])
-    distances = np.abs(costs - target)
+    worth = np.ones(len(priority)) if budget.num_tokens is None else budget.trimmed(rows)
+    distances = np.abs(np.cumsum(np.bincount(group, weights=worth)) - target)
     nearest = int(np.flatnonzero(distances == distances.min())[-1])
-    lowest = -float(candidates[nearest - 1]) if nearest else math.inf
+    lowest = -math.inf if nearest + 1 == len(candidates) else -float(candidates[nearest : nearest + 2].mean())
     return Cut(strategy, seed, priority=lowest, mean_error=mean_error)
 
 

@@ -74,7 +74,8 @@ def protected_tokens(tokenizer: Any, tokens: Sequence[int], patterns: Sequence[s
         starts = ends - [len(piece) for piece in pieces]
         for pattern in patterns:
             for match in re.finditer(pattern, "".join(pieces)):
-                protected |= (starts < match.end()) & (ends > match.start())
+                if match.group():
+                    protected |= (starts < match.end()) & (ends > match.start())
     return protected
 
 

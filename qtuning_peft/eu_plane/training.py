@@ -29,9 +29,11 @@ from .selection import KEEP, TRIM
 from .tokenized import RowError, tokenized
 
 # Tensors of a batch with one entry for each token.
-PER_TOKEN = ("input_ids", "labels", "attention_mask", "position_ids", "completion_mask", "assistant_masks")
-# The data loader fetches one batch ahead of the step.
-MAX_WAITING = 2
+PER_TOKEN = (
+    "input_ids", "labels", "attention_mask", "position_ids", "completion_mask", "assistant_masks", "seq_idx"
+)  # fmt: skip
+# What collators of packed rows say about where samples end, beside positions.
+BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 
 @dataclass(frozen=True)
@@ -52,18 +54,25 @@ class PruningCollator:
         model: The model that is trained.
         pruner: What to keep; its thresholds are found in every batch.
         tokens_per_batch: Tokens in a forward pass that scores, padding included.
+        autocast: Dtype that the trainer computes in beside the model's own, if any.
 
     Attributes:
         samples, kept_samples, tokens, kept_tokens: Counts so far; tokens are supervised ones.
     """
 
     def __init__(
-        self, collate: Callable[[list[Any]], Any], model: nn.Module, pruner: EUPruner, tokens_per_batch: int = 4096
+        self,
+        collate: Callable[[list[Any]], Any],
+        model: nn.Module,
+        pruner: EUPruner,
+        tokens_per_batch: int = 4096,
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.collate = collate
         self.model = model
         self.pruner = pruner
         self.tokens_per_batch = tokens_per_batch
+        self.autocast = autocast
         self.samples = self.kept_samples = self.tokens = self.kept_tokens = 0
 
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
@@ -76,13 +85,17 @@ class PruningCollator:
         places, pieces = samples_of(batch)
         if not pieces:
             return batch
-        scores, states = self._score(batch, places, pieces)
+        device = causal_model(self.model).get_input_embeddings().weight.device
+        with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            scores, states = self._score(batch, places, pieces)
         columns: dict[str, list[Any]] = {
             "error": [mean(values) for values in scores["token_error"]],
             "uncertainty": [mean(values) for values in scores["token_uncertainty"]],
             "supervised_tokens": [len(values) for values in scores["token_error"]],
             "input_ids": [piece.input_ids for piece in pieces],
         }
+        if not all(np.isfinite(error) for error in columns["error"]):
+            raise ValueError("The model's output is not finite for a batch; it cannot be pruned, nor trained on.")
         if "token_el2n" in scores:
             columns["el2n"] = [mean(values) for values in scores["token_el2n"]]
 
@@ -140,25 +153,27 @@ class PruningCollator:
                 for name, value in batch.items()
             }
         if states is not None:
-            layer = side_tuning_layer(self.model)
-            assert layer is not None
-            # Further ahead, as under gradient accumulation, states would cost more memory than the base's pass time.
-            if len(layer.waiting_states) < MAX_WAITING:
-                use_in_next_forward(self.model, states.rows(torch.tensor(rows)))
+            use_in_next_forward(self.model, states.rows(torch.tensor(rows)))
             return batch
         used = torch.zeros(length, dtype=torch.bool)
         for place in kept:
             used[place.start : place.stop] = True
-        # Boundaries of packed samples that a collator has worked out itself would no longer hold.
-        if all(name in PER_TOKEN for name, value in batch.items() if isinstance(value, Tensor)):
-            batch = {n: value[:, used] if isinstance(value, Tensor) else value for n, value in batch.items()}
+        known = (*PER_TOKEN, *BOUNDARIES)
+        if all(name in known for name, value in batch.items() if isinstance(value, Tensor) and value.dim()):
+            sizes = [place.stop - place.start for place in sorted(kept, key=lambda place: (place.row, place.start))]
+            for name, value in batch.items():
+                if name in PER_TOKEN and isinstance(value, Tensor):
+                    batch[name] = value[:, used]
+                elif name in BOUNDARIES:
+                    batch[name] = torch.tensor([0, *np.cumsum(sizes)], dtype=value.dtype)
         return batch
 
 
 class EUPruningCallback(TrainerCallback):
     """Prunes every training batch of `Trainer` or `SFTTrainer`: `Trainer(..., callbacks=[EUPruningCallback(pruner)])`.
 
-    The logs get `kept_samples` and `kept_tokens`, the shares kept since the last entry.
+    The logs get `kept_samples` and `kept_tokens`, the shares kept since the last entry. Trainers fetch batches ahead of
+    the step, those of a whole step under gradient accumulation: scores are as old as that.
 
     Args:
         pruner: What to keep of a batch, with a `sample_ratio`. Thresholds are found in every batch, so `fit` is not
@@ -197,7 +212,12 @@ class EUPruningCallback(TrainerCallback):
                 f"dataloader_num_workers is {loader.num_workers}, but batches are scored with the model, which lives "
                 "in this process; set it to 0."
             )
-        self.collator = PruningCollator(loader.collate_fn, kwargs["model"], self.pruner, self.tokens_per_batch)
+        # An interrupted training has left both behind.
+        collate = loader.collate_fn.collate if isinstance(loader.collate_fn, PruningCollator) else loader.collate_fn
+        forget_states(kwargs["model"])
+        autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        self.collator = PruningCollator(collate, kwargs["model"], self.pruner, self.tokens_per_batch, autocast)
+        self._logged = np.zeros(4, np.int64)
         loader.collate_fn = self.collator
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -223,9 +243,14 @@ class EUPruningCallback(TrainerCallback):
         loader = getattr(kwargs["train_dataloader"], "base_dataloader", kwargs["train_dataloader"])
         if self.collator is not None and loader.collate_fn is self.collator:
             loader.collate_fn = self.collator.collate
-        layer = side_tuning_layer(kwargs["model"])
-        if layer is not None:
-            layer.waiting_states.clear()
+        forget_states(kwargs["model"])
+
+
+def forget_states(model: nn.Module) -> None:
+    """Drop states of the base that no step has taken."""
+    layer = side_tuning_layer(model)
+    if layer is not None:
+        layer.waiting_states = []
 
 
 def samples_of(batch: dict[str, Any]) -> tuple[list[Place], list[Piece]]:

@@ -18,7 +18,9 @@ from .forward_pass import ATTENTION_ARGUMENTS
 if TYPE_CHECKING:
     from .layer import SideTuningLayer
 
+MAX_WAITING = 2
 # Of a block's arguments, what its side block reads.
+MORE_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits", "past_key_values")
 READ_BY_SIDE_BLOCK = ("attention_mask", "position_embeddings", *ATTENTION_ARGUMENTS)
 
 
@@ -28,6 +30,7 @@ class BaseStates:
 
     Attributes:
         input_ids: (batch, length), int64.
+        inputs: What else the decoder was given, such as `attention_mask` (batch, length).
         embeddings: Input of the first block, (batch, length, d).
         blocks: For every tapped block the block, its arguments that side blocks read, and its output
             (batch, length, d).
@@ -36,6 +39,7 @@ class BaseStates:
     """
 
     input_ids: Tensor
+    inputs: dict[str, Any] = field(default_factory=dict)
     embeddings: Tensor | None = None
     blocks: list[tuple[nn.Module, dict[str, Any], Tensor]] = field(default_factory=list)
     normed: Tensor | None = None
@@ -63,9 +67,10 @@ class BaseStates:
                 indexed[id(value)] = value[chosen.to(value.device)]
             return indexed[id(value)]
 
-        return replace(
+        result = replace(
             self,
             input_ids=of(self.input_ids),
+            inputs={name: of(value) for name, value in self.inputs.items()},
             embeddings=of(self.embeddings),
             blocks=[
                 (block, {name: of(value) for name, value in arguments.items()}, of(hidden_states))
@@ -73,12 +78,30 @@ class BaseStates:
             ],
             normed=of(self.normed),
         )
+        if result.normed is not None:
+            result.output = result.output_with(result.normed)
+        return result
+
+    def are_for(self, input_ids: Any, arguments: dict[str, Any]) -> bool:
+        """Whether a decoder called with `input_ids` (batch, length) and `arguments` would compute these states."""
+        if any(arguments.get(name) for name in MORE_OUTPUTS) or not _same(self.input_ids, input_ids):
+            return False
+        return _same(self.inputs.get("attention_mask"), arguments.get("attention_mask")) and (
+            # Some models count positions themselves before they call their decoder.
+            self.inputs.get("position_ids") is None or _same(self.inputs["position_ids"], arguments.get("position_ids"))
+        )
 
     def output_with(self, hidden_states: Tensor) -> Any:
         """What the decoder would return with `hidden_states` (batch, length, d) as its last."""
         output = copy(self.output)
         output["last_hidden_state"] = hidden_states
         return output
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.equal(first, second.to(first.device))
+    return first is second
 
 
 def side_tuning_layer(model: nn.Module) -> SideTuningLayer | None:
@@ -106,17 +129,18 @@ def base_states(model: nn.Module, input_ids: Tensor, **inputs: Any) -> BaseState
     layer = side_tuning_layer(model)
     if layer is None or layer.active_network() is None:
         raise ValueError(f"{type(model).__name__} has no active side network, so no states are read.")
-    states = BaseStates(input_ids)
+    states = BaseStates(input_ids, inputs)
     with layer.recording(states):
         states.output = layer.decoder(input_ids=input_ids, use_cache=False, **inputs)
     return states
 
 
 def use_in_next_forward(model: nn.Module, states: BaseStates) -> None:
-    """Let the model's next forward pass over `states.input_ids` take `states` instead of running the base.
+    """Let the model's next forward pass over the same input, in training mode, take `states` for the base's.
 
-    Several may wait, each for its own tokens. One that is taken makes those that waited longer go away.
+    At most two wait, each for its own input, as trainers fetch one batch ahead of the step: more would cost more memory
+    than the base's pass costs time. One that is taken makes those that waited longer go away.
     """
     layer = side_tuning_layer(model)
     assert layer is not None
-    layer.waiting_states.append(states)
+    layer.waiting_states = [*layer.waiting_states, states][-MAX_WAITING:]

@@ -106,8 +106,8 @@ class DecoderForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder as its own `forward` would, followed by `layer`."""
         # Kept states are for training: generation has keys and values to store.
-        if self.layer.training and kwargs.get("past_key_values") is None:
-            states = self.layer.take_waiting(kwargs.get("input_ids", args[0] if args else None))
+        if self.layer.training:
+            states = self.layer.take_waiting(kwargs.get("input_ids", args[0] if args else None), kwargs)
             if states is not None:
                 return self.layer.replay(states)
         with self.layer.following(self.decoder):

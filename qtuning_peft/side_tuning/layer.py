@@ -211,10 +211,10 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         finally:
             self._current.recording = None
 
-    def take_waiting(self, input_ids: Any) -> BaseStates | None:
-        """The kept states for `input_ids` (batch, length), if some wait."""
+    def take_waiting(self, input_ids: Any, arguments: dict[str, Any]) -> BaseStates | None:
+        """The kept states for `input_ids` (batch, length) and the decoder's other arguments, if some wait."""
         for index, states in enumerate(self.waiting_states):
-            if isinstance(input_ids, Tensor) and torch.equal(states.input_ids, input_ids.to(states.input_ids.device)):
+            if states.are_for(input_ids, arguments):
                 del self.waiting_states[: index + 1]
                 return states
         return None
