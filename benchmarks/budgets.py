@@ -2,14 +2,12 @@
 
     python benchmarks/budgets.py
 
-Uses the 320 GSM8K rows and 200 Dolly rows that the other benchmarks score, and their finished parts if they are there.
+Uses the GSM8K rows that `strategies.py` scores, and their finished parts if they are there.
 """
 
 from __future__ import annotations
 
 from common import HERE, environment, markdown, save, smollm2
-from datasets import Dataset
-from noise import spoilt_sets
 from strategies import TRAIN_ROWS, gsm8k
 
 from qtuning_peft.eu_plane import EUPruner, score
@@ -21,7 +19,7 @@ def main() -> None:
     """Prune at every ratio, and write results and a table."""
     model, tokenizer = smollm2()
     options = {"resume_dir": HERE / "results" / "parts", "rows_per_part": 64, "el2n": True, "ifd": True}
-    sets = {"GSM8K": gsm8k("train", 0, TRAIN_ROWS), "Dolly": Dataset.from_list(spoilt_sets()["Dolly"][0])}
+    sets = {"GSM8K": gsm8k("train", 0, TRAIN_ROWS)}
     results = []
     for name, rows in sets.items():
         scored = score(rows, model, tokenizer, **options)
