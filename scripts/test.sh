@@ -14,6 +14,7 @@ if ! cmp -s constraints-oldest.txt "$oldest/installed"; then
     cp constraints-oldest.txt "$oldest/installed"
 fi
 PYTHONPATH="$oldest" .venv/bin/pytest -q tests/test_files.py tests/test_peft.py tests/test_generation.py \
-    tests/test_no_gradient_in_base.py tests/test_positions.py tests/test_trainers.py
+    tests/test_no_gradient_in_base.py tests/test_positions.py tests/test_trainers.py tests/test_eu_scores.py \
+    tests/test_eu_training.py
 
 .venv/bin/pytest "$@"

@@ -5,9 +5,7 @@ Files of JSON lines, Parquet, or folders of `Dataset.save_to_disk`; what the out
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,7 +101,7 @@ def score(
         reference = load_model(reference_model, load_in_4bit, None, dtype)[0] if reference_model else None
         parts = resume_dir or output.with_name(f"{output.name}.parts")
         scored = score_dataset(
-            rows, loaded, tokenizer, resume_dir=parts, progress=sys.stderr.isatty() or "CI" not in os.environ,
+            rows, loaded, tokenizer, resume_dir=parts,
             columns=columns, chat_template=chat_template, max_length=max_length, tokens_per_batch=tokens_per_batch,
             el2n=el2n, ifd=ifd, reference_model=reference,
         )  # fmt: skip
