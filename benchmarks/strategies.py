@@ -37,11 +37,9 @@ PLANE = {"sample_ratio": 0.25, "token_ratio": 0.5}
 STRATEGIES: dict[str, dict[str, Any]] = {
     "full data, as many steps": {"sample_ratio": 1.0, "strategy": "random"},
     "EU plane x neighbours (Q-Tuning)": PLANE,
-    "EU plane x neighbours, highest kept": PLANE | {"keep_tokens": "highest"},
     "EU plane x random tokens": PLANE | {"token_strategy": "random"},
     "EU plane x Rho-1 tokens": PLANE | {"token_strategy": "rho1"},
     "random": {"strategy": "random"},
-    "random x random tokens": {"strategy": "random", "token_ratio": 0.5, "token_strategy": "random"},
     "longest": {"strategy": "longest"},
     "highest perplexity": {"strategy": "highest_perplexity"},
     "lowest perplexity": {"strategy": "lowest_perplexity"},
