@@ -229,7 +229,7 @@ def test_rows_that_cannot_be_scored_are_named(recwarn: pytest.WarningsRecorder) 
         "labels": [good["labels"][0], [], [-100] * 3, [5] * 40, [5, 100, 6], [5, 6], [4, 5, 6]],
         "attention_mask": [None, None, None, None, None, None, [1, 0, 1]],
     }
-    scored = EUScorer(tiny(), max_length=30)(rows, indices=range(10, 17))
+    scored = EUScorer(tiny(), max_length=30, ifd=True, el2n=True)(rows, indices=range(10, 17))
     assert [bool(reason) for reason in scored["unscored"]] == [False] + [True] * 6
     for reason, part in zip(
         scored["unscored"][1:],
@@ -237,7 +237,9 @@ def test_rows_that_cannot_be_scored_are_named(recwarn: pytest.WarningsRecorder) 
         strict=True,
     ):
         assert part in reason
-    assert np.isnan(scored["error"][1:]).all()
+    for name in ("error", "uncertainty", "el2n", "ifd"):
+        assert np.isnan(scored[name][1:]).all()
+        assert np.isfinite(scored[name][0])
     assert scored["error"][0] == pytest.approx(EUScorer(tiny())(good)["error"][0], abs=1e-6)
     message = str(recwarn[0].message)
     assert "6 of 7" in message

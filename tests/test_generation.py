@@ -31,8 +31,8 @@ def prompt(left_padded: bool) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_logits_equal_uncached_logits(family: str) -> None:
     model = side_tuned(family)
-    # Grouped matrix products of experts have no float64 kernel.
-    tolerance = 1e-5 if family == "qwen3_moe" else 1e-9
+    # Grouped matrix products of experts have no float64 kernel, and Bloom's position biases are float32.
+    tolerance = {"qwen3_moe": 1e-5, "bloom": 1e-7}.get(family, 1e-9)
     model = model if family == "qwen3_moe" else model.double()
     ids = token_ids(2, 10)
     with torch.no_grad():

@@ -96,24 +96,9 @@ class EUScorer:
         Returns:
             The new columns.
         """
-        names = list(rows.keys())
-        kind = self.encoder.format_of(names)
-        if kind == "tokens" and any(isinstance(value, int) for value in rows["input_ids"][:1]):
-            raise ValueError("A single row came instead of a batch; call map with batched=True.")
-        if any(isinstance(rows[name], str) for name in names):
-            raise ValueError("A single row came instead of a batch; call map with batched=True.")
-        count = len(rows[names[0]])
-        encoded: list[EncodedRow] = []
-        unscored = [""] * count
-        for index in range(count):
-            row = {name: rows[name][index] for name in names}
-            try:
-                encoded.append(self._encode(row, kind))
-            except RowError as error:
-                encoded.append(untouched(row) if kind == "tokens" else EncodedRow([], []))
-                unscored[index] = str(error)
-
-        result = self._score([EncodedRow([], []) if reason else r for r, reason in zip(encoded, unscored, strict=True)])
+        encoded, unscored = self._encode_rows(rows)
+        scorable = [EncodedRow([], []) if reason else row for row, reason in zip(encoded, unscored, strict=True)]
+        result = self._score(scorable)
         for index, values in enumerate(result["token_error"]):
             if not unscored[index] and not np.isfinite(values).all():
                 unscored[index] = "the model's output is not finite"
@@ -134,10 +119,28 @@ class EUScorer:
         if self.el2n:
             columns["el2n"] = [mean(values) for values in result.pop("token_el2n")]
         if self.ifd:
-            columns["ifd"] = self._ifd(encoded, result["token_error"])
+            columns["ifd"] = self._ifd(scorable, result["token_error"])
         float32 = {name: [values.astype(np.float32) for values in lists] for name, lists in result.items()}
         self._report(unscored, indices)
         return columns | float32
+
+    def _encode_rows(self, rows: Mapping[str, Sequence[Any]]) -> tuple[list[EncodedRow], list[str]]:
+        """Every row's tokens, and why it cannot be scored, empty if it can."""
+        names = list(rows.keys())
+        kind = self.encoder.format_of(names)
+        first = rows["input_ids"][:1] if kind == "tokens" else ()
+        if any(isinstance(rows[name], str) for name in names) or any(isinstance(value, int) for value in first):
+            raise ValueError("A single row came instead of a batch; call map with batched=True.")
+        encoded: list[EncodedRow] = []
+        unscored = [""] * len(rows[names[0]])
+        for index in range(len(unscored)):
+            row = {name: rows[name][index] for name in names}
+            try:
+                encoded.append(self._encode(row, kind))
+            except RowError as error:
+                encoded.append(untouched(row) if kind == "tokens" else EncodedRow([], []))
+                unscored[index] = str(error)
+        return encoded, unscored
 
     def _encode(self, row: Mapping[str, Any], kind: str) -> EncodedRow:
         encoded = self.encoder.encode(row, kind)
