@@ -181,10 +181,10 @@ class RowEncoder:
         spans = []
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
-                before = (
-                    self._render(messages[:index], row, add_generation_prompt=True) if index else self._opening(row)
-                )
-                before = before if index or text.startswith(before) else ""
+                if index:
+                    before = self._render(messages[:index], row, add_generation_prompt=True)
+                else:
+                    before = self._opening(text, messages, row)
                 after = self._render(messages[: index + 1], row)
                 spans.append((_length_of_prefix(text, before), _length_of_prefix(text, after)))
         return self._tokens(text, spans)
@@ -196,12 +196,11 @@ class RowEncoder:
         )
         return tokenized({key: encoding[key] for key in ("input_ids", "assistant_masks")})
 
-    def _opening(self, row: Mapping[str, Any]) -> str:
-        """What stands before an assistant that speaks first."""
-        try:
-            return self._render([], row, add_generation_prompt=True)
-        except Exception:  # many templates need a message
-            return ""
+    def _opening(self, text: str, messages: list[Any], row: Mapping[str, Any]) -> str:
+        """What of `text` stands before the words of an assistant that speaks first; templates refuse to render that."""
+        prompted = self._render(messages, row, add_generation_prompt=True)
+        header = prompted[len(text) :] if prompted.startswith(text) else ""
+        return text[: text.index(header) + len(header)] if header and header in text else ""
 
     def _render(self, messages: Sequence[Any], row: Mapping[str, Any], add_generation_prompt: bool = False) -> str:
         text: str = self.tokenizer.apply_chat_template(
