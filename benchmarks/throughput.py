@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
+import threading
 import time
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 from common import environment, markdown, save, smollm2
 
@@ -26,7 +27,7 @@ from qtuning_peft.eu_plane.batching import Piece, batches, right_padded
 from qtuning_peft.eu_plane.rows import RowEncoder
 from qtuning_peft.eu_plane.scores import token_scores
 
-TOKENS_PER_BATCH, ROWS, ROUNDS = 4096, 64, 3
+TOKENS_PER_BATCH, ROWS, ROUNDS = 2048, 16, 3
 
 
 def loads(tokenizer: Any) -> dict[str, list[Any]]:
@@ -65,21 +66,32 @@ def run(kind: str, model: Any, data: list[Any]) -> None:
         torch.cuda.synchronize()
 
 
-def peak() -> int:
-    """Bytes at most in use so far."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def memory(kind: str, load: str) -> int:
     """Peak of one pass above the loaded and warmed-up model, in bytes."""
     model, tokenizer = smollm2()
     data = loads(tokenizer)[load]
     run(kind, model, [tuple(t if t is None else t[:1, :8] for t in data[0])])
-    before = peak()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(kind, model, data)
+        return torch.cuda.max_memory_allocated() - before
+    # The process' own record holds the peak of loading, which is higher; so memory is watched while the pass runs.
+    process, done = psutil.Process(), threading.Event()
+    seen: list[int] = []
+    before = process.memory_info().rss
+    watcher = threading.Thread(target=watch, args=(process, seen, done))
+    watcher.start()
     run(kind, model, data)
-    return peak() - before
+    done.set()
+    watcher.join()
+    return max(seen) - before
+
+
+def watch(process: psutil.Process, seen: list[int], done: threading.Event) -> None:
+    """Note the resident memory every five milliseconds until `done`."""
+    while not done.wait(0.005):
+        seen.append(process.memory_info().rss)
 
 
 def main() -> None:
