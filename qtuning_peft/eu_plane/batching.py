@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..loss import IGNORE_INDEX
-from .scores import causal_model, token_scores
+from .scores import TokenScores, causal_model, token_scores
+
+# Of the scores in `TokenScores`, in its order.
+COLUMNS = ("token_error", "token_uncertainty", "token_el2n")
 
 
 @dataclass
@@ -57,13 +60,11 @@ def run(
             chosen = [order[index] for index in batch]
             tensors = right_padded([pieces[index] for index in chosen], device)
             scores = token_scores(model, *tensors, el2n)
-            stacked = torch.stack([values for values in scores if values is not None]).double().cpu().numpy()
-            sizes = [sum(label != IGNORE_INDEX for label in pieces[index].labels) for index in chosen]
-            for index, parts in zip(chosen, np.split(stacked, np.cumsum(sizes)[:-1], axis=1), strict=True):
+            for index, parts in zip(chosen, by_piece(scores, [pieces[index] for index in chosen]), strict=True):
                 found[index] = list(parts)
             if on_progress is not None:
                 on_progress(len(chosen))
-    names = ["token_error", "token_uncertainty", *(["token_el2n"] if el2n else [])]
+    names = COLUMNS[: 2 + el2n]
     collected: dict[str, list[list[np.ndarray]]] = {name: [[] for _ in range(num_rows)] for name in names}
     for piece, columns in zip(pieces, found, strict=True):
         for name, column in zip(names, columns, strict=True):
@@ -72,6 +73,13 @@ def run(
         name: [np.concatenate(parts) if parts else np.zeros(0) for parts in columns]
         for name, columns in collected.items()
     }
+
+
+def by_piece(scores: TokenScores, pieces: Sequence[Piece]) -> list[np.ndarray]:
+    """Scores that follow each other piece after piece, taken apart: for each (scores, supervised tokens), float64."""
+    stacked = torch.stack([values for values in scores if values is not None]).double().cpu().numpy()
+    ends = np.cumsum([sum(label != IGNORE_INDEX for label in piece.labels) for piece in pieces])
+    return np.split(stacked, ends[:-1], axis=1)
 
 
 def batches(lengths: Sequence[int], tokens_per_batch: int) -> list[range]:

@@ -217,9 +217,7 @@ class EUPruner:
         choosable = np.flatnonzero(self._set_aside(rows) == "")
         if not len(choosable):
             raise ValueError(f"None of the {count} rows can be kept: all are without a score or degenerate.")
-        groups: dict[Any, list[int]] = {}
-        for index in choosable.tolist():
-            groups.setdefault(self._stratum(rows, index), []).append(index)
+        groups = self._groups(rows, choosable)
         targets = self._budget.of_groups({value: len(members) for value, members in groups.items()}, count)
         cuts = {
             value: find_cut(take(rows, members), self.strategy, self._budget, targets[value], self.seed)
@@ -245,6 +243,13 @@ class EUPruner:
             aside[(rows["repetition"] > self.max_repetition) & ~rows["unscored"]] = DEGENERATE
         return aside
 
+    def _groups(self, rows: Columns, choosable: np.ndarray) -> dict[Any, list[int]]:
+        """The rows `choosable`, by stratum."""
+        groups: dict[Any, list[int]] = {}
+        for index in choosable.tolist():
+            groups.setdefault(self._stratum(rows, index), []).append(index)
+        return groups
+
     def _stratum(self, rows: Columns, index: int) -> Any:
         if self.stratum_column is None:
             return None
@@ -256,10 +261,7 @@ class EUPruner:
 
     def _label(self, rows: Columns, cuts: dict[Any, Cut]) -> np.ndarray:
         quadrants = self._set_aside(rows)
-        groups: dict[Any, list[int]] = {}
-        for index in np.flatnonzero(quadrants == "").tolist():
-            groups.setdefault(self._stratum(rows, index), []).append(index)
-        for value, members in groups.items():
+        for value, members in self._groups(rows, np.flatnonzero(quadrants == "")).items():
             if value not in cuts:
                 raise ValueError(f"{self.stratum_column} is {value!r} in a row, a value that fit has not seen.")
             quadrants[members] = cuts[value].quadrants(take(rows, members))

@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..loss import IGNORE_INDEX
 from ..side_tuning.base_states import BaseStates, base_states, side_tuning_layer, use_in_next_forward
-from .batching import Piece, mean, run
+from .batching import COLUMNS, Piece, by_piece, mean, run
 from .pruner import EUPruner
 from .scores import causal_model, scores_of_hidden_states
 from .selection import KEEP, TRIM
@@ -135,13 +135,8 @@ class PruningCollator:
         with torch.no_grad():
             states = base_states(self.model, **inputs)
             found = scores_of_hidden_states(model, states.output, labels.to(device), el2n)
-        ends = np.cumsum([sum(label != IGNORE_INDEX for label in piece.labels) for piece in pieces])
-        names = ("token_error", "token_uncertainty", "token_el2n")
-        return {
-            name: np.split(values.double().cpu().numpy(), ends[:-1])
-            for name, values in zip(names, found, strict=True)
-            if values is not None
-        }, states
+        parts = by_piece(found, pieces)
+        return {name: [part[i] for part in parts] for i, name in enumerate(COLUMNS[: 2 + el2n])}, states
 
     def _without_dropped(self, batch: dict[str, Any], kept: list[Place], states: BaseStates | None) -> dict[str, Any]:
         """`batch` without dropped samples: without their rows, or, in a packed row, without their tokens."""

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from .layer import SideTuningLayer
 
 MAX_WAITING = 2
-# Of a block's arguments, what its side block reads.
+# Arguments of a decoder that ask for, or bring, more than was kept.
 MORE_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits", "past_key_values")
+# Of a block's arguments, what its side block reads.
 READ_BY_SIDE_BLOCK = ("attention_mask", "position_embeddings", *ATTENTION_ARGUMENTS)
 
 
