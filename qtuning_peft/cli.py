@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .eu_plane import commands
+from .recipes.commands import app as recipes_app
 
 if TYPE_CHECKING:
     from .demo.run import DemoResult
@@ -53,9 +54,26 @@ def demo(
         raise typer.Exit(1) from error
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+    rich_help_panel=None,
+)
+def sft(context: typer.Context) -> None:
+    """Run TRL's SFT script on a TRL YAML file with the blocks qst: and eu_pruning: (--config recipe.yaml)."""
+    try:
+        from .integrations import trl
+    except ModuleNotFoundError as error:
+        console.print("[bold red]Error:[/] qtuning sft needs TRL: pip install 'trl>=1.9'.", highlight=False)
+        raise typer.Exit(1) from error
+    with commands.one_sentence():
+        trl.main(context.args)
+
+
 app.command()(commands.score)
 app.command()(commands.prune)
 app.command()(commands.plot)
+app.add_typer(recipes_app)
 
 
 def _print_result(result: DemoResult) -> None:

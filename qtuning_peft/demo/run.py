@@ -101,7 +101,7 @@ def run_demo(output_dir: Path, seed: int | None = None) -> DemoResult:
     before = score(base, tokenizer, recipe, "Evaluating the 4-bit base")
 
     scored, score_seconds = _score_training_data(base, tokenizer, recipe)
-    pruner = EUPruner(tokenizer=tokenizer, seed=seed, **recipe["pruning"]).fit(scored)
+    pruner = EUPruner(tokenizer=tokenizer, seed=seed, **recipe["eu_pruning"]).fit(scored)
     assert pruner.pruned is not None
     report = write_report(scored, tokenizer, pruner, output_dir / "report.html", seed=seed)
 

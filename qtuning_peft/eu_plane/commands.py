@@ -208,7 +208,7 @@ def load_model(name: str, load_in_4bit: bool, gguf_file: str | None, dtype: str)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {dtype!r}; choose auto, float32, bfloat16 or float16.")
     gpu = torch.cuda.is_available()
-    arguments: dict[str, Any] = {"dtype": dtype, "device_map": {"": 0} if gpu else None}
+    arguments: dict[str, Any] = {"dtype": dtype, "device_map": {"": torch.cuda.current_device()} if gpu else None}
     if load_in_4bit:
         compute = torch.bfloat16 if gpu and torch.cuda.is_bf16_supported() else torch.float32
         arguments["quantization_config"] = BitsAndBytesConfig(

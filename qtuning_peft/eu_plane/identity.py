@@ -34,14 +34,17 @@ def fingerprint(settings: Sequence[Any], tokenizer: Any, models: Sequence[nn.Mod
 
 
 def add_model(digest: xxhash.xxh3_128, model: nn.Module) -> None:
-    """Add a model's configuration, its adapters' state and its weights."""
+    """Add a model's configuration, its adapters' state and its weights, those of disabled adapters excepted."""
     digest.update(stable(causal_model(model).config.to_dict()))
-    for module in model.modules():
+    unused: list[str] = []
+    for path, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             digest.update(stable([module.active_adapters, module.disable_adapters]))
+            if module.disable_adapters:
+                unused += [f"{path}.{name}." for name in module.adapter_layer_names + module.other_param_names]
     for name, parameter in model.named_parameters():
         # Quantized weights are left out: some kernels repack them in place, and they do not change in training.
-        if parameter.is_floating_point() and not parameter.is_meta:
+        if parameter.is_floating_point() and not parameter.is_meta and not name.startswith(tuple(unused)):
             digest.update(name.encode())
             digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     for name, config in sorted(getattr(model, "peft_config", {}).items()):
