@@ -1,33 +1,48 @@
 """Recipes: YAML files with every setting of a run, installed with the package.
 
-`path(name)` gives the file, `load(name)` its content.
+`names()` lists them, `path(name)` gives the file, `load(name)` its content; `qtuning recipes list | show | copy` does
+the same from a shell. A recipe's name is its path without `.yaml`: the trainer that runs it, and what it is for.
 """
 
 from __future__ import annotations
 
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 
+def folder() -> Path:
+    """Where the recipes are installed."""
+    return Path(str(files(__name__)))
+
+
+def names() -> list[str]:
+    """Every recipe, such as `axolotl/llama-3-8b-24gb`."""
+    return sorted(file.relative_to(folder()).with_suffix("").as_posix() for file in folder().rglob("*.yaml"))
+
+
 def path(name: str) -> Path:
-    """Where the recipe `name` (without `.yaml`) is installed.
+    """The file of the recipe `name`.
 
     Raises:
         ValueError: when there is no such recipe, naming those that exist.
     """
-    folder = Path(str(files(__name__)))
-    file = folder / f"{name}.yaml"
-    if not file.is_file():
-        raise ValueError(
-            f"There is no recipe {name!r}; choose one of {', '.join(sorted(f.stem for f in folder.glob('*.yaml')))}."
-        )
-    return file
+    if name not in names():
+        raise ValueError(f"There is no recipe {name!r}; choose one of {', '.join(names())}.")
+    return folder() / f"{name}.yaml"
 
 
 def load(name: str) -> dict[str, Any]:
     """The settings in the recipe `name`."""
-    content: dict[str, Any] = yaml.safe_load(path(name).read_text())
+    content: dict[str, Any] = yaml.safe_load(path(name).read_text(encoding="utf-8"))
     return content
+
+
+def summary(name: str) -> str:
+    """What the recipe `name` is for, as its first lines say."""
+    first, *others = path(name).read_text(encoding="utf-8").splitlines()
+    continued = takewhile(lambda line: line.startswith("#  "), others)
+    return " ".join([first.removeprefix("# What:").strip(), *(line.lstrip("# ") for line in continued)])

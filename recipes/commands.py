@@ -1,0 +1,70 @@
+"""`qtuning recipes list | show | copy`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import names, path, summary
+
+app = typer.Typer(
+    name="recipes", help="YAML files with every setting of a run: list, show or copy them.", no_args_is_help=True
+)
+console = Console()
+
+Name = Annotated[str, typer.Argument(help="Name of the recipe, as `qtuning recipes list` shows it.")]
+
+
+@app.command("list")
+def list_recipes() -> None:
+    """List every recipe: the trainer that runs it, and what it is for."""
+    table = Table("recipe", "what it is for", box=None, pad_edge=False)
+    for name in names():
+        table.add_row(name, summary(name))
+    console.print(table)
+
+
+@app.command()
+def show(name: Name) -> None:
+    """Print a recipe."""
+    # Not through rich, whose markup would eat brackets.
+    typer.echo(path_of(name).read_text(encoding="utf-8"), nl=False)
+
+
+@app.command()
+def copy(
+    name: Name,
+    to: Annotated[
+        Path | None, typer.Argument(help="File or folder; by default a file of the recipe's last name, here.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+) -> None:
+    """Copy a recipe, to change it."""
+    source = path_of(name)
+    target = Path(source.name) if to is None else to / source.name if to.is_dir() else to
+    try:
+        with target.open("w" if force else "x", encoding="utf-8") as file:
+            file.write(source.read_text(encoding="utf-8"))
+    except FileExistsError:
+        fail(f"{target} exists; choose another name, or --force.")
+    except OSError as error:
+        fail(f"{target} cannot be written: {error.strerror}.")
+    console.print(f"{target}", highlight=False)
+
+
+def path_of(name: str) -> Path:
+    """The file of a recipe, or the end of the command."""
+    try:
+        return path(name)
+    except ValueError as error:
+        fail(str(error))
+
+
+def fail(sentence: str) -> NoReturn:
+    """End the command with a sentence."""
+    Console(stderr=True).print(f"[bold red]Error:[/] {sentence}", highlight=False)
+    raise typer.Exit(1)
