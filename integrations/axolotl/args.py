@@ -1,0 +1,91 @@
+"""What the plugin adds to Axolotl's configuration: two blocks, and what must not stand beside them."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from pydantic import BaseModel, Field, model_validator
+
+from ..blocks import EUPruningBlock, QSTBlock, read_block
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+INT8 = {"load_in_8bit": True}
+# Keys with this prefix that are not about LoRA: where an adapter is read from.
+NOT_OF_LORA = ("lora_model_dir", "lora_on_cpu")
+
+
+class QTuningArgs(BaseModel):
+    """Axolotl's configuration has these keys besides its own."""
+
+    qst: QSTBlock | None = Field(  # type: ignore[valid-type]
+        default=None, description="Quantized side tuning, with `adapter: qst`: the fields of `SideTuningConfig`."
+    )
+    eu_pruning: EUPruningBlock | None = Field(
+        default=None, description="Pruning of the training data on the Error-Uncertainty plane, with any adapter."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def check(cls, data: Any) -> Any:
+        """Refuse what contradicts the blocks, and ask for the quantization that Axolotl keeps for its own adapters."""
+        if "qst" in data and data["qst"] is not None:
+            read_block("qst", QSTBlock, data["qst"])
+        if "eu_pruning" in data:
+            read_block("eu_pruning", EUPruningBlock, data["eu_pruning"])
+            if data.get("rl"):
+                raise ValueError(
+                    f"rl is {data['rl']!r} beside eu_pruning, which needs one answer for each prompt; leave eu_pruning "
+                    "out."
+                )
+            if data.get("pretraining_dataset") or data.get("streaming"):
+                raise ValueError("eu_pruning cannot see streamed data whole; give datasets, without streaming.")
+        if data.get("adapter") != "qst":
+            if data.get("qst") is not None:
+                raise ValueError(f"adapter is {data.get('adapter')!r} beside the block qst; set adapter: qst.")
+            return data
+        if data.get("merge_lora"):
+            raise ValueError(
+                "adapter is 'qst', which cannot be merged: a side network is no change of the base's weights; share "
+                "the adapter itself."
+            )
+        for key, value in data.items():
+            # Some validators of Axolotl fill in zeros.
+            if key.startswith(("lora_", "peft_", "loraplus_", "relora")) and key not in NOT_OF_LORA and value:
+                raise ValueError(
+                    f"{key} is {value!r}, but adapter is 'qst'; remove it, the side network is described in the block "
+                    "qst."
+                )
+        return data | quantization(data)
+
+
+def quantization(data: dict[str, Any]) -> dict[str, Any]:
+    """The key that quantizes the base on loading; Axolotl does so only for adapters of its own.
+
+    Raises:
+        ValueError: when it is impossible.
+    """
+    bits = [name for name in ("load_in_4bit", "load_in_8bit") if data.get(name)]
+    if not bits:
+        return {}
+    if len(bits) > 1:
+        raise ValueError("load_in_4bit and load_in_8bit are both true; choose one.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"{bits[0]} is true, but bitsandbytes is not installed: pip install bitsandbytes.")
+    overrides = dict(data.get("overrides_of_model_kwargs") or {})
+    wanted = NF4 | {"bnb_4bit_compute_dtype": compute_dtype(data)} if bits == ["load_in_4bit"] else INT8
+    wanted = wanted | (data.get("bnb_config_kwargs") or {})
+    overrides.setdefault("quantization_config", {"quant_method": "bitsandbytes"} | wanted)
+    return {"overrides_of_model_kwargs": overrides}
+
+
+def compute_dtype(data: dict[str, Any]) -> str:
+    """What 4-bit weights are multiplied in: as Axolotl reads its keys for precision."""
+    import torch
+
+    bf16 = data.get("bf16", "auto")
+    if bf16 == "auto":
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if not bf16 and torch.cuda.is_available():
+            return "float16"
+    return "bfloat16" if bf16 or data.get("bfloat16") else "float16" if data.get("fp16") else "float32"
