@@ -5,7 +5,7 @@
 Every strategy keeps as many supervised tokens as the plane at 25 % x 50 %. An epoch is cut into equally many steps for
 all, so that optimizer steps and tokens are the same; full data takes as many steps over all tokens. A side network
 (r = 16, beside every third block) learns from the NF4 base's states, which never change and are computed once, in
-bfloat16. Held-out loss is that of 50 GSM8K test answers. `results/strategies.jsonl` gets one row for each run.
+bfloat16. Held-out loss is that of 100 GSM8K test answers. `results/strategies.jsonl` gets one row for each run.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from qtuning_peft.eu_plane.rows import RowEncoder
 from qtuning_peft.loss import IGNORE_INDEX, supervised_loss
 from qtuning_peft.side_tuning.base_states import BaseStates, base_states, use_in_next_forward
 
-R, LAYERS, LEARNING_RATE, STEPS_PER_EPOCH, EPOCHS, SEEDS = 16, list(range(2, 30, 3)), 2e-3, 12, 1, (0, 1, 2)
-TRAIN_ROWS, TEST_ROWS = 200, 50
+R, LAYERS, LEARNING_RATE, STEPS_PER_EPOCH, EPOCHS, SEEDS = 16, list(range(2, 30, 3)), 2e-3, 20, 1, (0, 1, 2)
+TRAIN_ROWS, TEST_ROWS = 320, 100
 
 PLANE = {"sample_ratio": 0.25, "token_ratio": 0.5}
 STRATEGIES: dict[str, dict[str, Any]] = {
     "full data, as many steps": {"sample_ratio": 1.0, "strategy": "random"},
     "EU plane x neighbours (Q-Tuning)": PLANE,
+    "EU plane, whole samples": {"token_ratio": 1.0},
     "EU plane x random tokens": PLANE | {"token_strategy": "random"},
     "EU plane x Rho-1 tokens": PLANE | {"token_strategy": "rho1"},
     "random": {"strategy": "random"},

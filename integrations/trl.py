@@ -29,8 +29,8 @@ from .blocks import EUPruningBlock, QSTBlock, read_block
 from .pruning import prune_training_data
 
 DESCRIPTION = """TRL's supervised fine-tuning with two more blocks in the YAML file: `qst:`, a side network beside a
-frozen base instead of LoRA, and `eu_pruning:`, which keeps of the training data what teaches. Every other key and
-option is TRL's own."""
+frozen base instead of LoRA, and `eu_pruning:`, which keeps of the training data what teaches. Every other key is TRL's
+own, and may also be given as an option, which then counts. `qtuning recipes list` shows files to start from."""
 
 
 class EUPruningSFTTrainer(SFTTrainer):
@@ -88,6 +88,7 @@ def main(arguments: list[str]) -> None:
     """
     with _without_blocks(arguments) as (arguments, blocks):
         parser = sft.make_parser(prog="qtuning sft")
+        parser.usage = "qtuning sft --config FILE [--KEY VALUE ...]"
         parser.description = DESCRIPTION
         script_args, training_args, model_args, dataset_args = parser.parse_args_and_config(arguments)
     options: dict[str, Any] = {}
