@@ -36,8 +36,11 @@ def register() -> None:
     """Register `SideTuningConfig` and `SideTuningModel` with PEFT; calling it again changes nothing."""
     if QST in PEFT_TYPE_TO_CONFIG_MAPPING:
         return
+    from .model_card import complete_cards
     from .side_tuning import SideTuningConfig, SideTuningModel
-    from .side_tuning.adapter_files import translate_on_old_peft
+    from .side_tuning.adapter_files import remember_origins, save_the_adapter_alone
 
-    translate_on_old_peft()
+    save_the_adapter_alone()
+    remember_origins()
+    complete_cards()
     register_peft_method(name=NAME.lower(), config_cls=SideTuningConfig, model_cls=SideTuningModel, prefix=PREFIX)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomize_side_network, tiny, token_ids
+from conftest import VOCABULARY, randomize_side_network, tiny, token_ids
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from qtuning_peft import SideTuningConfig
 
@@ -185,3 +186,16 @@ def test_another_base_is_refused(other: dict[str, int], message: str, tmp_path: 
     side_tuned().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(tiny(**other), tmp_path)
+
+
+def test_a_resized_vocabulary_does_not_put_the_base_s_embeddings_into_the_adapter(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(VOCABULARY + 4)
+    model = get_peft_model(base, SideTuningConfig(r=4, task_type="CAUSAL_LM"))
+    randomize_side_network(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert all("qst_side_network" in key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    expected = model(token_ids()).logits
+    again = PeftModel.from_pretrained(model.unload(), tmp_path / "adapter").eval()
+    assert torch.equal(again(token_ids()).logits, expected)

@@ -317,8 +317,8 @@ def expected_shapes(family: str, downsample: str, norm: bool, mixing: str) -> di
         weight: dict[str, tuple[int, ...]] = {f"{name}.weight": (out_size, in_size)}
         return weight | {f"{name}.bias": (out_size,)} if bias else weight
 
-    def normed(name: str) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.weight": (w,)} if llama else {f"{name}.weight": (w,), f"{name}.bias": (w,)}
+    def normed(name: str, bias: bool = not llama) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (w,)} | ({f"{name}.bias": (w,)} if bias else {})
 
     shapes = normed("norm") | linear("mix.up_proj", d, w, True)
     if mixing != "residual":
@@ -330,7 +330,7 @@ def expected_shapes(family: str, downsample: str, norm: bool, mixing: str) -> di
             last = 1 if downsample == "lora" else 2
             shapes |= {f"{tap}.down.0.weight": (rank, d), f"{tap}.down.{last}.weight": (w, rank)}
         if norm:
-            shapes |= normed(f"{tap}.norm")
+            shapes |= normed(f"{tap}.norm", bias=not llama or mixing == "reference")
     for j in range(2):
         shapes |= {f"gates.{j}.weight": () if mixing == "paper" else (w,)}
         shapes |= normed(f"blocks.{j}.attention_norm") | normed(f"blocks.{j}.mlp_norm")

@@ -13,10 +13,13 @@ import peft.functional
 import peft.peft_model
 import peft.utils.save_and_load
 import torch
+from peft import PeftConfig
+from peft.config import PeftConfigMixin
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-CONTAINER = "qst_side_network"
+from .config import SideTuningConfig
+from .safe_loading import CONTAINER, check_keys, check_shape, check_values
 
 
 def without_adapter_name(key: str, adapter_name: str) -> str:
@@ -52,40 +55,31 @@ def check_adapter(expected: dict[str, torch.Tensor], given: dict[str, torch.Tens
     Raises:
         ValueError: as `check_tensors`.
     """
-    missing = sorted(expected.keys() - given.keys())
-    extra = sorted(given.keys() - expected.keys())
-    if missing:
-        raise ValueError(f"The adapter lacks {_some(missing)}; it was made with another configuration or is damaged.")
-    if extra:
-        raise ValueError(
-            f"The adapter has {_some(extra)} too many; it was made with another configuration or is damaged."
-        )
+    check_keys(expected, given)
     for key, tensor in given.items():
-        if tensor.shape != expected[key].shape:
-            raise ValueError(
-                f"The adapter's {key} has shape {tuple(tensor.shape)}, the side network needs "
-                f"{tuple(expected[key].shape)}; it was made for another base or configuration."
-            )
-        if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(
-                f"The adapter's {key} holds values that are not finite; the file is damaged or training diverged."
-            )
+        check_shape(key, tensor.shape, expected[key])
+        check_values(key, tensor, expected[key])
 
 
-def translate_on_old_peft() -> None:
-    """Teach PEFT before 0.21, which has no hook for it, to take the adapter name out of our keys while saving.
+def save_the_adapter_alone() -> None:
+    """Teach PEFT what a side adapter's file holds.
 
-    Its own code finds the name only in the last or last but one segment of a key. Nothing else changes: loading puts
-    the name back where ours is, on every version.
+    The base's embeddings are not part of it: PEFT would add them where the vocabulary was resized, though nothing here
+    trains them, and loading refuses tensors of the base. And before 0.21 PEFT finds an adapter's name only in the last
+    or last but one segment of a key, and has no hook to be told where ours is; loading puts the name back itself.
     """
-    if hasattr(BaseTuner, "_remove_adapter_name_from_key"):
-        return
     original = peft.get_peft_model_state_dict
+    finds_names = hasattr(BaseTuner, "_remove_adapter_name_from_key")
 
     @functools.wraps(original)
     def get_peft_model_state_dict(
-        model: nn.Module, state_dict: Any = None, adapter_name: str = "default", *args: Any, **kwargs: Any
+        model: Any, state_dict: Any = None, adapter_name: str = "default", *args: Any, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
+        ours = isinstance(model.peft_config.get(adapter_name), SideTuningConfig)
+        if ours and kwargs.get("save_embedding_layers", "auto") == "auto":
+            kwargs["save_embedding_layers"] = False
+        if finds_names:
+            return original(model, state_dict, adapter_name, *args, **kwargs)
         state_dict = model.state_dict() if state_dict is None else state_dict
         rest = original(model, state_dict, adapter_name, *args, **kwargs)
         side = {key: tensor for key, tensor in state_dict.items() if f".{CONTAINER}.{adapter_name}." in key}
@@ -97,5 +91,20 @@ def translate_on_old_peft() -> None:
         vars(module)[original.__name__] = get_peft_model_state_dict
 
 
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more tensors" if len(keys) > 3 else "")
+def remember_origins() -> None:
+    """Have `PeftConfig.from_pretrained` make a config of ours by its own `from_pretrained`.
+
+    transformers' `load_adapter` reads configs through the base class, which passes on what a file holds but not where
+    it lies, and afterwards copies the tensors without calling the tuner. This is the only place where it can be told
+    which file it is about to trust.
+    """
+    original = vars(PeftConfigMixin)["from_pretrained"].__func__
+
+    @functools.wraps(original)
+    def from_pretrained(cls: type[PeftConfig], *args: Any, **kwargs: Any) -> PeftConfig:
+        config: PeftConfig = original(cls, *args, **kwargs)
+        if isinstance(config, SideTuningConfig) and not issubclass(cls, SideTuningConfig):
+            return SideTuningConfig.from_pretrained(*args, **kwargs)
+        return config
+
+    setattr(PeftConfig, original.__name__, classmethod(from_pretrained))

@@ -9,11 +9,15 @@ r the reduction factor and f_i, g_i the i-th block of the base and of the side n
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from reprlib import repr as short
+from typing import Any
 
 from peft import PeftConfig
 
 from .._register import QST
+from .safe_loading import LARGEST_SIZE, Origin, check_names, check_text
 
 DOWNSAMPLES = ("adapter", "lora", "linear", "maxpool", "avgpool")
 MIXINGS = ("residual", "paper", "reference")
@@ -46,7 +50,8 @@ class SideTuningConfig(PeftConfig):
         mixing (`str`):
             Parametrisation of the gates. `"residual"`: vector input gates that start at one half; the output is
             the base's plus an up-projection that starts at zero, so that training starts exactly at the base.
-            `"paper"`: scalar gates as published. `"reference"`: vector gates as the authors' code computes them.
+            `"paper"`: scalar gates as published. `"reference"`: vector gates as the authors' code computes them, and
+            its LayerNorm behind the down-samplers.
         compute_dtype (`str`):
             Autocast dtype of the side network: `"auto"` (that of the base's hidden states), `"float32"`,
             `"bfloat16"` or `"float16"`. The weights themselves are always kept and trained in float32.
@@ -59,6 +64,8 @@ class SideTuningConfig(PeftConfig):
             Present because trainers read it; must stay `None`, the embeddings are part of the frozen base.
         base_hidden_size (`int`, *optional*), base_num_layers (`int`, *optional*):
             Filled in from the base; an adapter is refused on a base of other dimensions.
+        tokenizer_fingerprint (`str`, *optional*):
+            Filled in where the base's tokenizer is known; an adapter warns beside another vocabulary.
 
     Raises:
         ValueError: when a value is out of its range or contradicts another, naming the field.
@@ -122,50 +129,85 @@ class SideTuningConfig(PeftConfig):
     base_num_layers: int | None = field(
         default=None, metadata={"help": "Filled in: number of blocks of the base the adapter belongs to."}
     )
+    tokenizer_fingerprint: str | None = field(
+        default=None, metadata={"help": "Filled in: which vocabulary the adapter was trained with, where known."}
+    )
 
     def __post_init__(self) -> None:
+        for name in ("base_model_name_or_path", "revision", "task_type", "peft_version", "tokenizer_fingerprint"):
+            check_text(name, getattr(self, name))
         super().__post_init__()
+        # Where this config was read, until its weights are in. No field: it is not saved.
+        self.origin: Origin | None = None
         self.peft_type = QST
+        # It names a class for AutoPeftModel to import.
+        self.auto_mapping = None
+        self._check_bool("inference_mode")
+        self._check_bool("downsample_norm")
+        if not isinstance(self.target_modules, str):
+            check_names("target_modules", self.target_modules)
+        check_names("modules_to_save", self.modules_to_save)
         self._check_integer("r", minimum=2)
         self._check_integer("downsample_rank", minimum=1)
         for name in ("num_side_heads", "base_hidden_size", "base_num_layers"):
             if getattr(self, name) is not None:
                 self._check_integer(name, minimum=1)
-        if not isinstance(self.downsample_norm, bool):
-            raise ValueError(f"downsample_norm is {self.downsample_norm!r}; give true or false.")
-        if self.modules_to_save is not None and not isinstance(self.modules_to_save, (list, tuple)):
-            raise ValueError(f"modules_to_save is {self.modules_to_save!r}; give a list of module names.")
         self._check_choice("downsample", DOWNSAMPLES)
         self._check_choice("mixing", MIXINGS)
         self._check_choice("compute_dtype", COMPUTE_DTYPES)
-        if not isinstance(self.side_dropout, (int, float)) or not 0.0 <= self.side_dropout < 1.0:
-            raise ValueError(
-                f"side_dropout is {self.side_dropout!r}; give a probability from 0 up to, not including, 1."
-            )
+        dropout = self.side_dropout
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
+            raise ValueError(f"side_dropout is {short(dropout)}; give a probability from 0 up to, not including, 1.")
         if isinstance(self.layers_to_transform, int):
             self.layers_to_transform = [self.layers_to_transform]
         if self.layers_to_transform is not None:
             self._check_layers(self.layers_to_transform)
         if self.trainable_token_indices is not None:
             raise ValueError(
-                f"trainable_token_indices is {self.trainable_token_indices!r}, but the embeddings belong to the base, "
-                "which no gradient reaches; leave it unset."
+                f"trainable_token_indices is {short(self.trainable_token_indices)}, but the embeddings belong to the "
+                "base, which no gradient reaches; leave it unset."
             )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # PEFT and transformers name the base when they make a new adapter: then the config is a file's no more.
+        if name == "base_model_name_or_path":
+            super().__setattr__("origin", None)
+        super().__setattr__(name, value)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Read a config as PEFT does, and remember where, so that the weights are checked before they are loaded."""
+        folder = os.fspath(pretrained_model_name_or_path)
+        config: PeftConfig = super().from_pretrained(folder, subfolder, **kwargs)
+        if isinstance(config, SideTuningConfig):
+            config.origin = Origin(folder, subfolder, cls._split_kwargs(kwargs)[0])
+        return config
+
+    def _check_bool(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {short(value)}; give true or false.")
 
     def _check_integer(self, name: str, minimum: int) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise ValueError(f"{name} is {value!r}; give an integer of at least {minimum}.")
+            raise ValueError(f"{name} is {short(value)}; give an integer of at least {minimum}.")
+        if value > LARGEST_SIZE:
+            raise ValueError(f"{name} is {short(value)}; give an integer of at most {LARGEST_SIZE}.")
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
         if value not in choices:
-            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
+            raise ValueError(f"{name} is {short(value)}; choose one of {', '.join(choices)}.")
 
     @staticmethod
     def _check_layers(layers: object) -> None:
-        integers = isinstance(layers, (list, tuple, range)) and all(
-            isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in layers
+        listed = isinstance(layers, (list, tuple, range)) and 0 < len(layers) <= LARGEST_SIZE
+        integers = listed and all(
+            isinstance(i, int) and not isinstance(i, bool) and 0 <= i < LARGEST_SIZE
+            for i in layers  # type: ignore[attr-defined]
         )
-        if not integers or not layers or len(set(layers)) != len(layers):  # type: ignore[call-overload, arg-type]
-            raise ValueError(f"layers_to_transform is {layers!r}; give distinct block indices counted from 0.")
+        if not integers or len(set(layers)) != len(layers):  # type: ignore[call-overload, arg-type]
+            raise ValueError(f"layers_to_transform is {short(layers)}; give distinct block indices counted from 0.")

@@ -8,19 +8,25 @@ deleting and unloading adapters is PEFT's own machinery on that layer.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from .._register import PREFIX
-from .adapter_files import CONTAINER, check_adapter, without_adapter_name
+from .adapter_files import check_adapter, without_adapter_name
 from .config import SideTuningConfig
 from .decoder import DecoderSpec, find_decoder
 from .layer import MERGE_REFUSAL, SideTuningLayer
-from .network import side_heads, side_width
+from .network import SideNetwork, side_heads, side_width
+from .safe_loading import CONTAINER, check_file, tokenizer_fingerprint
+
+PEFT_PREFIX = "base_model.model."
 
 
 class SideTuningModel(BaseTuner):
@@ -43,6 +49,15 @@ class SideTuningModel(BaseTuner):
     tuner_layer_cls = SideTuningLayer
     target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 (PEFT declares it as an instance variable)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter, or leave the model as it was."""
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            # Beside other adapters, transformers' way of adding one has registered it already and would keep it.
+            self.peft_config.pop(adapter_name, None)
+            raise
+
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, SideTuningConfig)
         self._refuse_other_adapters()
@@ -55,11 +70,74 @@ class SideTuningModel(BaseTuner):
                     f"{f', {peft_config.base_model_name_or_path}' if peft_config.base_model_name_or_path else ''}."
                 )
             setattr(peft_config, name, actual)
+        if peft_config.downsample_rank > spec.hidden_size:
+            raise ValueError(
+                f"downsample_rank is {peft_config.downsample_rank}, more than the base's hidden size of "
+                f"{spec.hidden_size}; choose a rank of at most that."
+            )
         self._refuse_trainable_modules_in_base(peft_config, spec)
         # Recorded, so that an adapter stays what it is should the default ever change: no tensor's shape depends on it.
         peft_config.num_side_heads = side_heads(peft_config, spec, side_width(peft_config, spec))
         peft_config.target_modules = [spec.norm_path]
+        if peft_config.origin is None:
+            self._record_base(peft_config)
+        else:
+            check_file(peft_config.origin.weights(), dict(self._tensors_in_a_file(peft_config, spec)))
+            self._warn_of_another_base(peft_config)
         return peft_config
+
+    def _record_base(self, config: SideTuningConfig) -> None:
+        commit = getattr(self.model.config, "_commit_hash", None)
+        config.revision = config.revision or commit
+        config.tokenizer_fingerprint = config.tokenizer_fingerprint or self._base_tokenizer()
+
+    def _base_tokenizer(self) -> str | None:
+        return tokenizer_fingerprint(
+            getattr(self.model, "name_or_path", None), getattr(self.model.config, "_commit_hash", None)
+        )
+
+    def _warn_of_another_base(self, config: SideTuningConfig) -> None:
+        assert config.origin is not None
+        recorded, actual = config.base_model_name_or_path, getattr(self.model, "name_or_path", None)
+        if recorded and actual and recorded != actual:
+            warnings.warn(
+                f"The adapter was trained on {recorded} and is loaded on {actual}; unless these are the same weights, "
+                "load that base.",
+                stacklevel=2,
+            )
+        vocabularies = {
+            "recorded in the adapter": config.tokenizer_fingerprint,
+            "saved beside it": config.origin.tokenizer(),
+            "of the base": self._base_tokenizer(),
+        }
+        known = {owner: fingerprint for owner, fingerprint in vocabularies.items() if fingerprint}
+        if len(set(known.values())) > 1:
+            warnings.warn(
+                "The tokenizers differ in their vocabulary: "
+                f"{', '.join(f'{fingerprint} {owner}' for owner, fingerprint in known.items())}; "
+                "use the tokenizer the adapter was trained with.",
+                stacklevel=2,
+            )
+
+    def _tensors_in_a_file(self, config: SideTuningConfig, spec: DecoderSpec) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and shapes of what an adapter of this configuration holds on disk."""
+        with torch.device("meta"):
+            network = SideNetwork(config, spec)
+        for key, tensor in network.state_dict().items():
+            yield f"{PEFT_PREFIX}{spec.norm_path}.{CONTAINER}.{key}", tensor
+        for path, module in self._modules_outside_decoder(spec):
+            if f"{PEFT_PREFIX}{path}".endswith(tuple(config.modules_to_save or ())):
+                for key, tensor in module.state_dict().items():
+                    yield f"{PEFT_PREFIX}{path}.{key}", tensor
+
+    def _modules_outside_decoder(self, spec: DecoderSpec) -> list[tuple[str, nn.Module]]:
+        wrappers = {path: m for path, m in self.model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+        return [
+            (path, wrappers[path].original_module if path in wrappers else module)
+            for path, module in self.model.named_modules()
+            if not _is_in_or_around(path, spec.norm_path.rpartition(".")[0])
+            and not path.startswith(tuple(f"{wrapper}." for wrapper in wrappers))
+        ]
 
     def _refuse_other_adapters(self) -> None:
         others = {type(m).__name__ for m in self.model.modules() if isinstance(m, BaseTunerLayer)} - {
@@ -72,13 +150,18 @@ class SideTuningModel(BaseTuner):
             )
 
     def _refuse_trainable_modules_in_base(self, config: SideTuningConfig, spec: DecoderSpec) -> None:
-        names = set(config.modules_to_save or ())
-        inside = sorted(names & {path.rpartition(".")[2] for path, _ in spec.decoder.named_modules() if path})
-        if inside:
-            raise ValueError(
-                f"modules_to_save names {', '.join(inside)}, part of the base, which no gradient reaches; only modules "
-                "behind the final norm, such as a classification head, can be trained beside the side network."
-            )
+        # As PEFT matches them: anything that ends so, even within a word.
+        outside = {path for path, _ in self._modules_outside_decoder(spec)}
+        inside = [f"{PEFT_PREFIX}{path}".rstrip(".") for path, _ in self.model.named_modules() if path not in outside]
+        for name in config.modules_to_save or ():
+            if any(path.endswith(name) for path in inside):
+                raise ValueError(
+                    f"modules_to_save names {name}, part of the base, which no gradient reaches; only modules "
+                    "behind the final norm, such as a classification head, can be trained beside the side network."
+                )
+            # PEFT adds these two by itself for every classifier.
+            if name not in ("classifier", "score") and not any(f"{PEFT_PREFIX}{p}".endswith(name) for p in outside):
+                raise ValueError(f"modules_to_save names {name}, which this base does not have; leave it out.")
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
@@ -138,21 +221,29 @@ class SideTuningModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        assert isinstance(config, SideTuningConfig)
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
         layer_path, layer = next((path, m) for path, m in model.named_modules() if isinstance(m, SideTuningLayer))
         prefix = f"{layer_path}.{CONTAINER}.{adapter_name}."
-        own_keys = model.state_dict().keys()
-        # What belongs to no module at all counts as the adapter's: it is either damaged or of another method.
-        given = {
-            key.removeprefix(prefix): t for key, t in remapped.items() if key.startswith(prefix) or key not in own_keys
-        }
+        heads = f".modules_to_save.{adapter_name}."
+        given = {key.removeprefix(prefix): tensor for key, tensor in remapped.items() if heads not in key}
         try:
             check_adapter(layer.qst_side_network[adapter_name].state_dict(), given)
+            own = model.state_dict()
+            check_adapter({k: own[k] for k in own if heads in k}, {k: t for k, t in remapped.items() if heads in k})
         except ValueError:
-            # PEFT has added it already; without its weights it would be a random network under a trusted name.
-            layer.delete_adapter(adapter_name)
-            model.peft_config.pop(adapter_name, None)
+            if config.origin is not None:
+                # PEFT has just added it; without its weights it would be a random network under a trusted name.
+                layer.delete_adapter(adapter_name)
+                model.peft_config.pop(adapter_name, None)
             raise
+        config.origin = None
         return remapped
+
+
+def _is_in_or_around(path: str, decoder: str) -> bool:
+    return (
+        path == decoder or not path or not decoder or path.startswith(f"{decoder}.") or decoder.startswith(f"{path}.")
+    )

@@ -29,7 +29,12 @@ class Tap(nn.Module):
     def __init__(self, config: SideTuningConfig, spec: DecoderSpec, width: int) -> None:
         super().__init__()
         self.down = make_downsample(config, spec.hidden_size)
-        self.norm = make_norm(spec, width) if config.downsample_norm else nn.Identity()
+        self.norm = self._make_norm(config, spec, width) if config.downsample_norm else nn.Identity()
+
+    @staticmethod
+    def _make_norm(config: SideTuningConfig, spec: DecoderSpec, width: int) -> nn.Module:
+        # The authors' code has a LayerNorm here whatever norm the base has.
+        return nn.LayerNorm(width, dtype=torch.float32) if config.mixing == "reference" else make_norm(spec, width)
 
     def narrow(self, hidden_states: Tensor) -> Tensor:
         """(batch, length, d) to (batch, length, d/r), not normed yet: all that checkpointing has to hold."""

@@ -1,0 +1,251 @@
+"""A stranger's adapter is data: what is checked in its files before any of it is used.
+
+PEFT and transformers read the config, attach the adapter, and only then open the weights: a bad file would be noticed
+with a random side network already in the base. So a config remembers where it was read (`Origin`), and the tuner
+checks the weights there as a whole (`check_file`) before it attaches anything. The same checks of names, shapes, dtypes
+and values guard tensors on their way into a side network that exists already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+CONTAINER = "qst_side_network"
+FILE_DTYPES = ("F32", "F16", "BF16")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+LARGEST_SIZE = 2**20
+LARGEST_TEXT = 2**10
+LARGEST_HEADER = 2**24
+LARGEST_TOKENIZER = 2**26
+
+
+# -- config --------------------------------------------------------------------------------------------------------
+
+
+def check_text(name: str, value: object) -> None:
+    """Check that `value` is one printable line, or `None`.
+
+    Raises:
+        ValueError: when it is not.
+    """
+    if value is not None and not (isinstance(value, str) and len(value) <= LARGEST_TEXT and value.isprintable()):
+        raise ValueError(f"{name} is {short(value)}; give one line of at most {LARGEST_TEXT} characters, or none.")
+
+
+def check_names(name: str, value: object) -> None:
+    """Check that `value` is a short list of module names, or `None`.
+
+    Raises:
+        ValueError: when it is not.
+    """
+    if value is None:
+        return
+    if not isinstance(value, (list, tuple, set)) or len(value) > LARGEST_TEXT:
+        raise ValueError(f"{name} is {short(value)}; give a list of module names.")
+    for item in value:
+        if not item or not isinstance(item, str):
+            raise ValueError(f"{name} holds {short(item)}; give a list of module names.")
+        check_text(name, item)
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a config was read, and so where PEFT will look for its weights.
+
+    Attributes:
+        folder: A folder, or the id of a repository on the Hub.
+        subfolder: A folder in that.
+        download: Further arguments for `hf_hub_download`.
+    """
+
+    folder: str
+    subfolder: str | None = None
+    download: Mapping[str, Any] = field(default_factory=dict)
+
+    def weights(self) -> Path:
+        """The adapter's safetensors file.
+
+        Raises:
+            ValueError: when there is none, or only pickled weights, which PEFT would go on to read.
+        """
+        if not os.path.isdir(self.folder):
+            try:
+                return Path(
+                    hf_hub_download(self.folder, SAFETENSORS_WEIGHTS_NAME, subfolder=self.subfolder, **self.download)
+                )
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError as error:
+                raise ValueError(_no_safetensors(self.folder)) from error
+        here = Path(self.folder, self.subfolder or "")
+        # Not `exists`, as PEFT asks: a pipe or a device would be read for ever.
+        if not (here / SAFETENSORS_WEIGHTS_NAME).is_file():
+            raise ValueError(_no_safetensors(str(here)))
+        return here / SAFETENSORS_WEIGHTS_NAME
+
+    def tokenizer(self) -> str | None:
+        """Fingerprint of the tokenizer beside the adapter, if there is one."""
+        return tokenizer_fingerprint(
+            os.path.join(self.folder, self.subfolder or ""), self.download.get("revision"), self.download
+        )
+
+
+def _no_safetensors(place: str) -> str:
+    return (
+        f"{place} has no readable {SAFETENSORS_WEIGHTS_NAME}, and {WEIGHTS_NAME} is not read because it is a pickle, "
+        "which can carry code; ask for the adapter as save_pretrained() writes it."
+    )
+
+
+def check_file(file: Path, expected: Mapping[str, torch.Tensor]) -> None:
+    """Check a file of weights as a whole: its size, names, shapes, dtypes, then every value.
+
+    Args:
+        file: An ``adapter_model.safetensors``.
+        expected: The tensors it has to hold; only their shapes and dtypes are looked at.
+
+    Raises:
+        ValueError: when anything differs, in one sentence.
+    """
+    limit = 4 * sum(tensor.numel() for tensor in expected.values()) + LARGEST_HEADER
+    if file.stat().st_size > limit:
+        raise ValueError(
+            f"{file} is {file.stat().st_size} bytes large and its configuration needs at most {limit}; "
+            "it belongs to another configuration or base."
+        )
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            check_keys(expected, tensors.keys())
+            for key in expected:
+                header = tensors.get_slice(key)
+                check_shape(key, header.get_shape(), expected[key])
+                if header.get_dtype() not in FILE_DTYPES:
+                    raise ValueError(_wrong_dtype(key, header.get_dtype()))
+            for key in expected:
+                check_values(key, tensors.get_tensor(key), expected[key])
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file} is no valid safetensors file ({_one_line(error)}); it is damaged or cut off, get it again."
+        ) from error
+
+
+# -- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def check_keys(expected: Iterable[str], given: Iterable[str]) -> None:
+    """Check that two sets of names are the same.
+
+    Raises:
+        ValueError: when tensors are missing or too many.
+    """
+    missing, extra = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
+    if missing:
+        raise ValueError(f"The adapter lacks {_some(missing)}; it was made with another configuration or is damaged.")
+    if extra:
+        raise ValueError(
+            f"The adapter has {_some(extra)} too many; it was made with another configuration, is damaged, or holds "
+            "resized embeddings, which save_pretrained(save_embedding_layers=False) leaves out."
+        )
+
+
+def check_shape(key: str, shape: Iterable[int], expected: torch.Tensor) -> None:
+    """Check the shape of one tensor.
+
+    Raises:
+        ValueError: when it is another.
+    """
+    if tuple(shape) != tuple(expected.shape):
+        raise ValueError(
+            f"The adapter's {_name(key)} has shape {tuple(shape)}, the side network needs {tuple(expected.shape)}; "
+            "it was made for another base or configuration."
+        )
+
+
+def check_values(key: str, tensor: torch.Tensor, expected: torch.Tensor) -> None:
+    """Check the dtype and the values of one tensor, as they will be in the side network's dtype.
+
+    Raises:
+        ValueError: when it holds no floating point numbers, or such that are not finite.
+    """
+    if tensor.dtype not in DTYPES:
+        raise ValueError(_wrong_dtype(key, str(tensor.dtype)))
+    if not tensor.is_meta and not bool(torch.isfinite(tensor.to(expected.dtype)).all()):
+        raise ValueError(
+            f"The adapter's {_name(key)} holds values that are not finite; the file is damaged or training diverged."
+        )
+
+
+def _wrong_dtype(key: str, dtype: str) -> str:
+    return f"The adapter's {_name(key)} has dtype {dtype}; save it as float32, float16 or bfloat16."
+
+
+def _name(key: str) -> str:
+    # In the words of the side network where it is one of its tensors; a file may hold anything as a name.
+    name = key.rpartition(f".{CONTAINER}.")[2][:200]
+    return name if name.isprintable() else repr(name)
+
+
+def _some(keys: list[str]) -> str:
+    more = f" and {len(keys) - 3} more tensors" if len(keys) > 3 else ""
+    return ", ".join(_name(key) for key in keys[:3]) + more
+
+
+def _one_line(error: Exception) -> str:
+    return "".join(letter for letter in " ".join(str(error).split()) if letter.isprintable())[:200]
+
+
+# -- tokenizer -------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_fingerprint(
+    folder: str | None, revision: str | None = None, download: Mapping[str, Any] | None = None
+) -> str | None:
+    """What tells two vocabularies apart: 16 hex digits of SHA-256 over every token and its id.
+
+    Only what is on this machine is looked at. The whole file would not do: libraries write the same tokenizer
+    differently, and padding and truncation are saved in it.
+
+    Args:
+        folder: A folder with a ``tokenizer.json``, or the id of a repository in the Hub's cache.
+        revision: The repository's revision.
+        download: May hold the `cache_dir`.
+
+    Returns:
+        The fingerprint, or `None` where no such file can be read.
+    """
+    try:
+        file = Path(folder or "", "tokenizer.json")
+        if not os.path.isdir(folder or ""):
+            cached = try_to_load_from_cache(
+                folder or "", "tokenizer.json", cache_dir=(download or {}).get("cache_dir"), revision=revision
+            )
+            if not isinstance(cached, str):
+                return None
+            file = Path(cached)
+        if not file.is_file() or file.stat().st_size > LARGEST_TOKENIZER:
+            return None
+        content = json.loads(file.read_bytes())
+        vocabulary = content["model"]["vocab"]
+        if isinstance(vocabulary, list):
+            vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
+        tokens = vocabulary | {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+        listing = json.dumps(sorted((int(index), str(token)) for token, index in tokens.items()))
+        return hashlib.sha256(listing.encode()).hexdigest()[:16]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return None
