@@ -13,6 +13,7 @@ from rich.text import Text
 
 from .eu_plane import commands
 from .recipes.commands import app as recipes_app
+from .side_tuning.commands import convert, info, pull, push
 
 if TYPE_CHECKING:
     from .demo.run import DemoResult
@@ -73,6 +74,8 @@ def sft(context: typer.Context) -> None:
 app.command()(commands.score)
 app.command()(commands.prune)
 app.command()(commands.plot)
+for command in (push, pull, info, convert):
+    app.command()(command)
 app.add_typer(recipes_app)
 
 

@@ -1,0 +1,72 @@
+"""`qtuning push`, `pull`, `info` and `convert`: adapters on the Hub, and the QST authors' checkpoints as adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..eu_plane.commands import console, one_sentence
+
+
+def convert(
+    folder: Annotated[Path, typer.Argument(help="Folder with the .pt files that the authors' code saved.")],
+    base: Annotated[str, typer.Argument(help="Model it was trained on, Llama or OPT: a folder, or a name on the Hub.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapter; new, or empty.")],
+) -> None:
+    """Turn a checkpoint of the QST authors' code into an adapter with the same logits.
+
+    The files are read as tensors alone, no code in them is run, and the base's weights are not loaded.
+    """
+    with one_sentence():
+        from .convert import convert_checkpoint
+
+        config = convert_checkpoint(folder, base, output)
+        console.print(
+            f"r {config.r}, {config.base_num_layers} side blocks with {config.num_side_heads} heads: {output}",
+            highlight=False,
+        )
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
+    repo: Annotated[str, typer.Argument(help="user/name on the Hub; made if it does not exist.")],
+    private: Annotated[bool, typer.Option(help="Make a new repository a private one.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to; by default main.")] = None,
+    message: Annotated[str, typer.Option("--message", "-m", help="Commit message.")] = "",
+) -> None:
+    """Upload an adapter to the Hub: its configuration, weights, card and tokenizer, and nothing else."""
+    with one_sentence():
+        from ..sharing import push as upload
+
+        console.print(upload(folder, repo, private=private, revision=revision, message=message), highlight=False)
+
+
+def pull(
+    repo: Annotated[str, typer.Argument(help="user/name on the Hub.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapter; new, or empty.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+) -> None:
+    """Download an adapter from the Hub. Loading by its name needs no pull; this is for a copy of your own."""
+    with one_sentence():
+        from ..sharing import pull as download
+
+        config = download(repo, output, revision)
+        console.print(f"a side network for {config.base_model_name_or_path}: {output}", highlight=False)
+
+
+def info(
+    adapter: Annotated[str, typer.Argument(help="Folder of an adapter, or user/name on the Hub.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, on the Hub.")] = None,
+) -> None:
+    """Show what an adapter is: its base, settings, size and gates, and what its card says of data and results."""
+    with one_sentence():
+        from ..sharing import describe
+
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for name, value in describe(adapter, revision):
+            table.add_row(name, value)
+        Console().print(table, highlight=False)
