@@ -17,6 +17,8 @@ for release in ${AXOLOTL:-0.21.0 0.20.0}; do
         $pip torch==2.13.0
         $pip -r "tests/axolotl/requirements-$release.txt"
         $pip --no-deps bitsandbytes==0.50.2 evaluate==0.4.1 fastcore sentencepiece scipy
+        # Triton is imported, but nothing of it runs on a CPU.
+        $pip --no-deps triton
         $pip --no-deps axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6
         $pip --no-deps --ignore-requires-python "axolotl==$release"
         $pip --no-deps --editable .
