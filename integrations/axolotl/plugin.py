@@ -61,7 +61,7 @@ class QTuningPlugin(BasePlugin):
         bits = (
             "4-bit" if getattr(base, "is_loaded_in_4bit", False) else "8-bit" if cfg.load_in_8bit else str(base.dtype)
         )
-        LOG.info("Side network beside a base of %.0f MiB (%s)", base.get_memory_footprint() / 2**20, bits)
+        LOG.info("Side network beside a base of %.1f MiB (%s)", base.get_memory_footprint() / 2**20, bits)
 
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
         """Train on the CPU where there is no GPU, also in bfloat16; score batches where the model is."""
