@@ -45,7 +45,7 @@ def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_recipes_and_too_many_rows_are_refused() -> None:
-    with pytest.raises(ValueError, match="no recipe 'nope'; choose one of .*demo"):
+    with pytest.raises(ValueError, match=r"no recipe 'nope'; choose one of .*demo"):
         recipes.load("nope")
     with pytest.raises(ValueError, match="test_rows is 101; the package ships 100 rows"):
         gsm8k.read_rows("test", 101)
