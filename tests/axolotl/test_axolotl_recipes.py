@@ -21,8 +21,9 @@ NAMES = [name for name in recipes.names() if name.startswith("axolotl/")]
 def test_it_is_valid(name: str, tmp_path: Path) -> None:
     from axolotl.integrations.config import merge_input_args
 
-    # Axolotl reads the model's configuration; everything else is the recipe's.
-    recipe = recipes.load(name) | {"base_model": str(pico.save_model(tmp_path / "model"))}
+    # Axolotl reads the model's configuration, and logs to the output folder; everything else is the recipe's.
+    model = pico.save_model(tmp_path / "model")
+    recipe = recipes.load(name) | {"base_model": str(model), "output_dir": str(tmp_path / "out")}
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))
     cfg = validated(file)
