@@ -58,7 +58,6 @@ def demo(
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=False,
-    rich_help_panel=None,
 )
 def sft(context: typer.Context) -> None:
     """Run TRL's SFT script on a TRL YAML file with the blocks qst: and eu_pruning: (--config recipe.yaml)."""

@@ -78,8 +78,13 @@ def write_chat(file: Path, count: int = 64, seed: int = 0) -> Path:
     return file
 
 
+def prepare(folder: Path) -> Path:
+    """Make the model and conversations to train and to test on in `folder`."""
+    save_model(folder / "model")
+    write_chat(folder / "chat" / "train.jsonl")
+    write_chat(folder / "chat" / "test.jsonl", 16, seed=1)
+    return folder
+
+
 if __name__ == "__main__":
-    here = Path(sys.argv[1])
-    save_model(here / "model")
-    write_chat(here / "chat" / "train.jsonl")
-    write_chat(here / "chat" / "test.jsonl", 16, seed=1)
+    prepare(Path(sys.argv[1]))

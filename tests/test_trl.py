@@ -25,11 +25,7 @@ from qtuning_peft import EUPruner, SideTuningConfig, score
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    here = tmp_path_factory.mktemp("pico")
-    pico.save_model(here / "model")
-    pico.write_chat(here / "chat" / "train.jsonl")
-    pico.write_chat(here / "chat" / "test.jsonl", 16, seed=1)
-    return here
+    return pico.prepare(tmp_path_factory.mktemp("pico"))
 
 
 @pytest.fixture
@@ -58,6 +54,13 @@ def settings(output: Path, **overrides: Any) -> dict[str, Any]:
     } | overrides  # fmt: skip
 
 
+def losses_of_training_the_side_network_alone(trainer: Any) -> list[float]:
+    before = snapshot(trainer.model)
+    trainer.train()
+    require_only_the_side_network_learned(before, trainer.model)
+    return losses(trainer)
+
+
 @pytest.mark.parametrize(
     ("data", "options"),
     [
@@ -78,10 +81,7 @@ def test_sft_trains_the_side_network_alone(
         model=base, args=SFTConfig(**settings(tmp_path, **options)), train_dataset=data(), processing_class=tokenizer,
         peft_config=SideTuningConfig(r=4, task_type="CAUSAL_LM"),
     )  # fmt: skip
-    before = snapshot(trainer.model)
-    trainer.train()
-    require_only_the_side_network_learned(before, trainer.model)
-    history = losses(trainer)
+    history = losses_of_training_the_side_network_alone(trainer)
     assert sum(history[-3:]) / 3 < sum(history[:3]) / 3 - 0.1
 
 
@@ -96,10 +96,7 @@ def test_dpo_trains_the_side_network_alone(
         model=base, args=DPOConfig(**options), train_dataset=data, processing_class=tokenizer,
         peft_config=SideTuningConfig(r=4, task_type="CAUSAL_LM"),
     )  # fmt: skip
-    before = snapshot(trainer.model)
-    trainer.train()
-    require_only_the_side_network_learned(before, trainer.model)
-    history = losses(trainer)
+    history = losses_of_training_the_side_network_alone(trainer)
     # At first the policy is its own reference.
     assert history[0] == pytest.approx(0.6931, abs=1e-3)
     assert history[-1] < 0.5

@@ -97,8 +97,7 @@ def convert_checkpoint(
     check_adapter(network.state_dict(), tensors)
     network.load_state_dict(tensors, assign=True)
     with replacing(output) as unfinished:
-        # PEFT would look the base up on the Hub to decide whether its embeddings were resized.
-        model.save_pretrained(str(unfinished), save_embedding_layers=False)
+        model.save_pretrained(str(unfinished))
     return adapter_config
 
 

@@ -89,11 +89,7 @@ def loss_on_test_rows(model: PreTrainedModel | PeftModel, folder: Path) -> float
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    here = tmp_path_factory.mktemp("swift")
-    pico.save_model(here / "model")
-    pico.write_chat(here / "chat" / "train.jsonl")
-    pico.write_chat(here / "chat" / "test.jsonl", 16, seed=1)
-    return here
+    return pico.prepare(tmp_path_factory.mktemp("swift"))
 
 
 @pytest.fixture(scope="module")
