@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from qtuning_peft.eu_plane.commands import one_sentence
 
 from . import names, path, summary
 
@@ -32,7 +34,8 @@ def list_recipes() -> None:
 def show(name: Name) -> None:
     """Print a recipe."""
     # Not through rich, whose markup would eat brackets.
-    typer.echo(path_of(name).read_text(encoding="utf-8"), nl=False)
+    with one_sentence():
+        typer.echo(path(name).read_text(encoding="utf-8"), nl=False)
 
 
 @app.command()
@@ -44,27 +47,12 @@ def copy(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
 ) -> None:
     """Copy a recipe, to change it."""
-    source = path_of(name)
-    target = Path(source.name) if to is None else to / source.name if to.is_dir() else to
-    try:
-        with target.open("w" if force else "x", encoding="utf-8") as file:
-            file.write(source.read_text(encoding="utf-8"))
-    except FileExistsError:
-        fail(f"{target} exists; choose another name, or --force.")
-    except OSError as error:
-        fail(f"{target} cannot be written: {error.strerror}.")
-    console.print(f"{target}", highlight=False)
-
-
-def path_of(name: str) -> Path:
-    """The file of a recipe, or the end of the command."""
-    try:
-        return path(name)
-    except ValueError as error:
-        fail(str(error))
-
-
-def fail(sentence: str) -> NoReturn:
-    """End the command with a sentence."""
-    Console(stderr=True).print(f"[bold red]Error:[/] {sentence}", highlight=False)
-    raise typer.Exit(1)
+    with one_sentence():
+        source = path(name)
+        target = Path(source.name) if to is None else to / source.name if to.is_dir() else to
+        try:
+            with target.open("w" if force else "x", encoding="utf-8") as file:
+                file.write(source.read_text(encoding="utf-8"))
+        except FileExistsError as error:
+            raise ValueError(f"{target} exists; choose another name, or --force.") from error
+        console.print(f"{target}", highlight=False)
