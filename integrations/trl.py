@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,13 @@ from trl import SFTTrainer
 from trl.scripts import sft
 
 from qtuning_peft.eu_plane import EUPruningCallback
+from qtuning_peft.model_card import complete
 
 from .blocks import EUPruningBlock, QSTBlock, read_block
+from .facts import TrainingFactsCallback, datasets_on_the_hub, is_side_tuned
 from .pruning import prune_training_data
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = """TRL's supervised fine-tuning with two more blocks in the YAML file: `qst:`, a side network beside a
 frozen base instead of LoRA, and `eu_pruning:`, which keeps of the training data what teaches. Every other key is TRL's
@@ -39,18 +43,34 @@ class EUPruningSFTTrainer(SFTTrainer):
     Statically, rows are pruned between TRL's tokenization and its packing, so that packs hold what is kept; rows
     longer than `max_length` are truncated first. Dynamically, every batch is.
 
+    The card of a side network, which TRL writes anew at every checkpoint and push, says also how to use it, and how it
+    was trained.
+
     Args:
         eu_pruning: What to keep; `None` for everything.
+        recipe: Settings for the card, under TRL's keys; it shows those that decide what is learned, and no paths.
         *args, **kwargs: As `SFTTrainer` takes them.
 
     Raises:
         ValueError: when the data cannot be pruned.
     """
 
-    def __init__(self, *args: Any, eu_pruning: EUPruningBlock | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        eu_pruning: EUPruningBlock | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self._static_block = eu_pruning if eu_pruning is not None and eu_pruning.mode == "static" else None
         super().__init__(*args, **kwargs)
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        logged: list[str] = []
+
+        def log(message: str) -> None:
+            logger.info(message)
+            logged.append(message)
+
         if self._static_block is not None:
             data: Any = self.train_dataset  # type: ignore[has-type]
             if not isinstance(data, Dataset):
@@ -61,13 +81,40 @@ class EUPruningSFTTrainer(SFTTrainer):
             output = Path(self.args.output_dir)
             kept = prune_training_data(
                 data, self.model, tokenizer, self._static_block,
-                cache_path=output / "eu_scores", report_path=output / "eu_report.html",
+                cache_path=output / "eu_scores", report_path=output / "eu_report.html", log=log,
             )  # fmt: skip
             self.train_dataset = super()._prepare_dataset(
                 kept, self.processing_class, self.args, self.args.packing, None, "train"
             )
         elif eu_pruning is not None:
             self.add_callback(EUPruningCallback(eu_pruning.pruner(tokenizer), eu_pruning.tokens_per_batch))
+        if is_side_tuned(self.model):
+            self.add_callback(self._facts(eu_pruning, recipe, logged))
+
+    def _facts(
+        self, eu_pruning: EUPruningBlock | None, recipe: Mapping[str, Any] | None, logged: list[str]
+    ) -> TrainingFactsCallback:
+        if recipe is None:
+            block = {} if eu_pruning is None else {"eu_pruning": eu_pruning.model_dump(exclude_unset=True)}
+            recipe = vars(self.args) | block
+        datasets = datasets_on_the_hub(recipe, "datasets" if recipe.get("datasets") else "dataset_name")
+        split = recipe.get("dataset_test_split") if len(datasets) == 1 else None
+        return TrainingFactsCallback(
+            self.model, recipe, logged[0].removeprefix("eu_pruning ") if logged else None, datasets,
+            (datasets[0], split) if split else (None, None),
+        )  # fmt: skip
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write TRL's card, and complete it for a side network."""
+        on_the_hub = datasets_on_the_hub({"dataset_name": dataset_name}, "dataset_name")
+        super().create_model_card(model_name, on_the_hub[0] if on_the_hub else None, tags)
+        if is_side_tuned(self.model) and self.is_world_process_zero():
+            complete(
+                Path(self.args.output_dir) / "README.md", self.model.active_peft_config,
+                adapter=self.hub_model_id or "ADAPTER", facts=getattr(self.model, "training_facts", None),
+            )  # fmt: skip
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
@@ -91,7 +138,10 @@ def main(arguments: list[str]) -> None:
         parser.usage = "qtuning sft --config FILE [--KEY VALUE ...]"
         parser.description = DESCRIPTION
         script_args, training_args, model_args, dataset_args = parser.parse_args_and_config(arguments)
-    options: dict[str, Any] = {}
+    # As they count: of the file, of the command line, and by default.
+    recipe = {**vars(dataset_args), **vars(model_args), **vars(training_args), **vars(script_args)}
+    recipe["datasets"] = [vars(entry) for entry in dataset_args.datasets or []]
+    options: dict[str, Any] = {"recipe": recipe | blocks}
     if "qst" in blocks:
         if model_args.use_peft:
             raise ValueError("use_peft is true beside the block qst, but that asks for LoRA; remove one of the two.")

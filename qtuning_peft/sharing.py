@@ -21,6 +21,7 @@ from safetensors import safe_open
 from .atomic import replacing
 from .model_card import complete
 from .side_tuning import SideTuningConfig
+from .training_facts import TrainingFacts, cells_of, read_section
 
 SHARED = (
     "README.md", "adapter_config.json", SAFETENSORS_WEIGHTS_NAME, "tokenizer*", "special_tokens_map.json",
@@ -28,7 +29,15 @@ SHARED = (
 )  # fmt: skip
 
 
-def push(folder: Path, repo: str, *, private: bool = False, revision: str | None = None, message: str = "") -> str:
+def push(
+    folder: Path,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str = "",
+    facts: TrainingFacts | None = None,
+) -> str:
     """Upload an adapter.
 
     Args:
@@ -37,6 +46,7 @@ def push(folder: Path, repo: str, *, private: bool = False, revision: str | None
         private: Whether a new repository is private.
         revision: Branch to commit to, by default `main`.
         message: Commit message.
+        facts: What the card is to say of the training beside what it says; metadata alone change nothing else.
 
     Returns:
         The address of the commit.
@@ -47,7 +57,7 @@ def push(folder: Path, repo: str, *, private: bool = False, revision: str | None
     config = read_config(folder)
     if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; save the adapter with save_pretrained() first.")
-    complete(folder / "README.md", config, adapter=repo)
+    complete(folder / "README.md", config, adapter=repo, facts=facts)
     api = HfApi()
     repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
     if revision is not None:
@@ -124,12 +134,15 @@ def describe(adapter: str, revision: str | None = None) -> Iterator[tuple[str, s
             ),
         )
     if (folder / "README.md").is_file():
-        yield from _of_card(ModelCard.load(folder / "README.md").data)
+        card = ModelCard.load(folder / "README.md")
+        yield from _of_metadata(card.data)
+        yield from ((name, value) for name, value in read_section(card.text) if name != "training data")
 
 
-def _of_card(data: Any) -> Iterator[tuple[str, str]]:
-    for name, value in (("data", data.datasets), ("language", data.language), ("licence", data.license)):
+def _of_metadata(data: Any) -> Iterator[tuple[str, str]]:
+    for name, value in (("training data", data.datasets), ("language", data.language), ("licence", data.license)):
         if value:
             yield name, ", ".join([value] if isinstance(value, str) else value)
     for result in data.eval_results or []:
-        yield f"{result.metric_name or result.metric_type} on {result.dataset_name}", f"{result.metric_value}"
+        dataset, metric, value = cells_of(result)
+        yield f"{metric} on {dataset}", value

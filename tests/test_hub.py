@@ -20,10 +20,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from loopback_hub import Commit, LoopbackHub
 
-BASE, ADAPTER, SAME, CONFIG, TRAINER, TRL = (
-    f"qst/{name}" for name in ("base", "adapter", "same-weights", "config", "trainer", "trl")
+BASE, ADAPTER, SAME, CONFIG, TRAINER, TRL, SFT = (
+    f"qst/{name}" for name in ("base", "adapter", "same-weights", "config", "trainer", "trl", "sft")
 )
 WEIGHTS = "adapter_model.safetensors"
 # Less than the weights and more than any other file of an adapter.
@@ -37,6 +38,8 @@ def publish(folder: Path) -> None:
     from datasets import Dataset
     from huggingface_hub import HfApi
     from peft import PeftModel, get_peft_model
+    from qtuning_peft.integrations.blocks import EUPruningBlock
+    from qtuning_peft.integrations.trl import EUPruningSFTTrainer
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
     from trl import SFTConfig, SFTTrainer
 
@@ -102,6 +105,23 @@ def publish(folder: Path) -> None:
     sft.push_to_hub()
     kept["trl"] = _logits(sft.model)
 
+    rows = Dataset.from_list([pico.messages(row) for row in pico.rows(16)])
+    ours = EUPruningSFTTrainer(
+        AutoModelForCausalLM.from_pretrained(BASE),
+        SFTConfig(
+            **settings | {"hub_model_id": SFT, "output_dir": str(folder / "out-sft")},
+            hub_token=os.environ["HF_TOKEN"], eval_strategy="steps", eval_steps=1, logging_steps=1,
+        ),
+        train_dataset=rows, eval_dataset=rows, processing_class=tokenizer,
+        peft_config=SideTuningConfig(task_type="CAUSAL_LM"), eu_pruning=EUPruningBlock(sample_ratio=0.5),
+        recipe={"dataset_name": "org/rows", "dataset_test_split": "test", "output_dir": str(folder), "max_steps": 2},
+    )  # fmt: skip
+    ours.train()
+    ours.push_to_hub(dataset_name=str(folder / "rows"))
+    kept["sft"] = _logits(ours.model)
+    # Whoever pushes it again by PEFT knows nothing of the training.
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), SFT).push_to_hub(SFT)
+
     torch.save(kept, folder / "published.pt")
     (folder / "commits.json").write_text(json.dumps(commits))
 
@@ -131,6 +151,7 @@ def load(folder: Path) -> None:
     kept["auto first"] = from_auto(ADAPTER, revision=commits["first"])
     kept["trainer"] = from_auto(TRAINER)
     kept["trl"] = from_auto(TRL)
+    kept["sft"] = from_auto(SFT)
     kept["after a broken download"] = from_peft(ADAPTER, cache_dir=folder / "broken-download" / "hub")
     config = PeftConfig.from_pretrained(CONFIG)
     kept["config"] = (type(config).__name__, config.r, config.downsample, config.base_model_name_or_path)
@@ -223,6 +244,7 @@ def loaded(hub: LoopbackHub, folder: Path, cached_when_killed: dict[str, bytes])
         ("auto first", "first"),
         ("trainer", "trainer"),
         ("trl", "trl"),
+        ("sft", "sft"),
     ],
 )
 def test_every_revision_loads_in_a_fresh_process_as_it_was_pushed(
@@ -280,6 +302,73 @@ def test_the_card_that_trainer_pushes_says_peft_and_names_the_base(hub: Loopback
     assert card["library_name"] == "peft"
     assert card["base_model"] == BASE
     assert f"base_model:adapter:{BASE}" in card["tags"]
+
+
+def test_the_card_that_qtuning_sft_pushes_says_how_it_was_trained(hub: LoopbackHub, folder: Path) -> None:
+    commits = hub.repos[SFT].commits.values()
+    cards = [commit.files["README.md"].content.decode() for commit in commits if "README.md" in commit.files]
+    card = ModelCard(cards[-1])
+    assert (card.data.library_name, card.data.base_model) == ("peft", BASE)
+    assert card.data.datasets == ["org/rows"]
+    (result,) = card.data.eval_results
+    assert (result.dataset_name, result.dataset_split, result.metric_type) == ("org/rows", "test", "loss")
+    for known in ("| pruning | kept 8 of 16 samples", "| steps | 2 |", "max_steps: 2", f'from_pretrained("{SFT}")'):
+        assert known in card.text
+    # TRL's own snippet runs, too.
+    assert "import qtuning_peft  # registers QST with PEFT\nfrom transformers import pipeline" in card.text
+    for card in cards:
+        assert hub.environment["HF_TOKEN"] not in card
+        assert str(folder) not in card
+
+
+@pytest.fixture(scope="module")
+def completed(hub: LoopbackHub, folder: Path) -> str:
+    """What the command says while it pushes the folder of stock TRL, and of what it and `qtuning sft` have pushed."""
+    script = f"""
+from typer.testing import CliRunner
+from qtuning_peft.cli import app
+for arguments in (
+    ["push", {str(folder / "out-trl")!r}, "qst/completed", "--dataset", "org/rows", "--dataset", "org/more",
+     "--language", "en", "--license", "apache-2.0"],
+    ["info", "qst/completed"],
+    ["info", {SFT!r}],
+):
+    done = CliRunner().invoke(app, arguments, env={{"COLUMNS": "200"}})
+    print(done.output)
+    assert done.exit_code == 0
+"""
+    with _start(hub, folder / "command", "-c", script) as process:
+        output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return output
+
+
+def test_the_command_completes_a_card_of_stock_trl(hub: LoopbackHub, completed: str) -> None:
+    assert _card(hub, TRL)["library_name"] == "transformers"
+    card = _card(hub, "qst/completed")
+    assert (card["library_name"], card["base_model"], card["base_model_relation"]) == ("peft", BASE, "adapter")
+    assert (card["datasets"], card["language"], card["license"]) == (["org/rows", "org/more"], ["en"], "apache-2.0")
+
+
+def test_the_command_shows_how_it_was_trained(completed: str) -> None:
+    first, _, second = completed.partition("base model")[2].partition("base model")
+    assert "org/rows, org/more" in first
+    assert "apache-2.0" in first
+    for known in ("org/rows", "loss on org/rows, test", "pruning", "kept 8 of 16 samples", "steps", "peak memory"):
+        assert known in second
+
+
+@pytest.mark.parametrize("repo", [ADAPTER, SFT, "qst/completed"])
+def test_a_stranger_generates_with_nothing_but_the_card(
+    repo: str, hub: LoopbackHub, folder: Path, completed: str
+) -> None:
+    card = _head(hub, repo).files["README.md"].content.decode()
+    snippet = card.split("```python\n")[1].split("```")[0]
+    generate = "import torch\nprint(model.generate(input_ids=torch.tensor([[6, 7, 8]]), max_new_tokens=4).shape[1] > 3)"
+    with _start(hub, folder / "stranger", "-c", snippet + generate) as process:
+        output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert output.splitlines()[-1] == "True"
 
 
 def test_the_command_pushes_what_is_shared_pulls_it_and_shows_it(hub: LoopbackHub, folder: Path) -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 from conftest import tiny
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from qtuning_peft.integrations.facts import TrainingFactsCallback, datasets_on_the_hub, shown
 
 from qtuning_peft import SideTuningConfig
+from qtuning_peft.model_card import complete
+from qtuning_peft.sharing import describe
+from qtuning_peft.training_facts import TrainingFacts
 
 
 @pytest.fixture
@@ -23,8 +29,13 @@ def test_it_says_what_the_hub_reads(model: PeftModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "adapter")
     data = ModelCard.load(tmp_path / "adapter" / "README.md").data
     assert data.library_name == "peft"
-    assert data.base_model == str(tmp_path / "base")
-    assert data.base_model_relation == "adapter"
+    # Where the base lies on this machine is of no use to the Hub, which would refuse the card, nor to a reader.
+    assert data.get("base_model") is data.get("base_model_relation") is None
+    assert str(tmp_path) not in (tmp_path / "adapter" / "README.md").read_text()
+    model.active_peft_config.base_model_name_or_path = "org/base"
+    model.save_pretrained(tmp_path / "adapter")
+    data = ModelCard.load(tmp_path / "adapter" / "README.md").data
+    assert (data.base_model, data.base_model_relation) == ("org/base", "adapter")
     assert data.pipeline_tag == "text-generation"
     assert {"qst", "side-tuning", "qtuning-peft"} <= set(data.tags)
 
@@ -60,6 +71,132 @@ def test_what_the_author_wrote_stays(model: PeftModel, tmp_path: Path) -> None:
         assert kept in text
     assert text.index("# My poems") < text.index("import qtuning_peft") < text.index("## Thanks")
     assert text.count("import qtuning_peft") == 1
+
+
+def loss(value: float, data: str = "org/data") -> EvalResult:
+    return EvalResult(
+        task_type="text-generation", dataset_type=data, dataset_name=data, dataset_split="test", metric_type="loss",
+        metric_name="loss", metric_value=value,
+    )  # fmt: skip
+
+
+FACTS = TrainingFacts(
+    recipe="qst:\n  r: 4\n", pruning="kept 32 of 64 samples | one way", results=(loss(1.25),), datasets=("org/data",),
+    language=("en",), license="mit", steps=8, loss=1.5, seconds=90.4, peak_memory=(2**30, "allocated on the GPU"),
+    machine="a machine",
+)  # fmt: skip
+
+
+def test_how_it_was_trained_is_told_once_and_stays(model: PeftModel, tmp_path: Path) -> None:
+    readme = tmp_path / "adapter" / "README.md"
+    model.training_facts = FACTS
+    model.save_pretrained(tmp_path / "adapter")
+    first = readme.read_text()
+    for known in (
+        "| training data | `org/data` |", "| pruning | kept 32 of 64 samples \\| one way |", "| steps | 8 |",
+        "| last training loss | 1.5 |", "| time | 90 s |", "| peak memory | 1024 MiB allocated on the GPU |",
+        "| machine | a machine |", "| org/data, test | loss | 1.25 |", "```yaml\nqst:\n  r: 4\n```",
+    ):  # fmt: skip
+        assert known in first
+    data = ModelCard.load(readme).data
+    assert data.eval_results == [loss(1.25)]
+    assert (data.datasets, data.language, data.license) == (["org/data"], ["en"], "mit")
+    assert ModelCardData(**yaml.safe_load(first.split("---")[1])).eval_results == [loss(1.25)]
+
+    # Someone who knows nothing of the training saves it again.
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    again.save_pretrained(tmp_path / "adapter")
+    assert readme.read_text() == first
+    shown = dict(describe(str(tmp_path / "adapter")))
+    assert shown["pruning"] == "kept 32 of 64 samples | one way"
+    assert (shown["training data"], shown["loss on org/data, test"], shown["licence"]) == ("org/data", "1.25", "mit")
+
+
+def test_new_facts_replace_old_ones_and_nothing_of_the_author(model: PeftModel, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    config = model.active_peft_config
+    complete(readme, config, facts=FACTS)
+    card = ModelCard.load(readme)
+    card.text = "# My poems\n" + card.text + "\n## Thanks\n"
+    card.data.datasets += ["org/mine"]
+    card.data.eval_results += [loss(0.5, "org/mine")]
+    card.save(readme)
+
+    complete(readme, config, facts=TrainingFacts(pruning="none", results=(loss(1.0),), steps=9))
+    card = ModelCard.load(readme)
+    assert card.text.count("## How it was trained") == 1
+    assert "| steps | 9 |" in card.text
+    assert "| steps | 8 |" not in card.text
+    assert "# My poems" in card.text
+    assert "## Thanks" in card.text
+    assert card.data.datasets == ["org/mine"]
+    assert card.data.eval_results == [loss(0.5, "org/mine"), loss(1.0)]
+    assert (card.data.language, card.data.license) == (["en"], "mit")
+
+    # Another evaluation takes the place of the old one, whose row goes; metadata alone change no text.
+    complete(readme, config, facts=TrainingFacts(results=(loss(2.0, "org/other"),)))
+    text = ModelCard.load(readme).text
+    assert ModelCard.load(readme).data.eval_results == [loss(0.5, "org/mine"), loss(2.0, "org/other")]
+    complete(readme, config, facts=TrainingFacts(datasets=("org/more",), language=("de",), license="apache-2.0"))
+    card = ModelCard.load(readme)
+    assert card.text == text
+    assert card.data.datasets == ["org/mine", "org/more"]
+    assert (card.data.language, card.data.license) == (["en", "de"], "apache-2.0")
+
+
+def test_the_limits_are_always_said(model: PeftModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "adapter")
+    limits = (tmp_path / "adapter" / "README.md").read_text().split("## Limits")[1].split("##")[0]
+    for limit in ("of no use beside another model", "cannot be merged", "slower", "`qtuning_peft` is installed"):
+        assert limit in limits
+
+
+def test_a_recipe_in_a_card_names_no_path_and_no_secret(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    secret = "s3cret"
+    content = yaml.safe_load(f"""
+        model_name_or_path: {tmp_path}
+        dataset_name: ~/{secret}/rows
+        hub_token: {secret}
+        output_dir: {secret}
+        run_name: {secret}
+        max_length: 64
+        learning_rate: 1.0e-3
+        packing: false
+        optim: adamw_torch
+        chat_template_path: {secret}
+        model_init_kwargs: {{token: {secret}}}
+        attn_implementation: C:\\Users\\{secret}
+        datasets:
+          - {{path: org/data, split: train, token: {secret}, data_files: {secret}}}
+          - {{path: ./{secret}, split: test}}
+          - {{path: "https://user:{secret}@host/rows"}}
+        qst: {{r: 4, token: {secret}}}
+        eu_pruning: {{sample_ratio: 0.5, scorer_model: /home/{secret}, cache_path: {secret}, report_path: {secret}}}
+    """)
+    assert shown(content) == {
+        "datasets": [{"path": "org/data", "split": "train"}, {"split": "test"}], "max_length": 64, "packing": False,
+        "learning_rate": 1e-3, "optim": "adamw_torch", "qst": {"r": 4}, "eu_pruning": {"sample_ratio": 0.5},
+    }  # fmt: skip
+    files = [{"path": "json"}, {"path": str(tmp_path / "rows")}, "org/data", None]
+    assert datasets_on_the_hub({"datasets": files}, "datasets") == ("org/data",)
+
+
+def test_a_score_is_that_of_the_weights_it_stands_beside(model: PeftModel) -> None:
+    history = [
+        {"loss": 3.0, "step": 2}, {"eval_loss": 2.0, "step": 4}, {"eval_loss": 2.5, "step": 6},
+        {"loss": 0.5, "step": 8}, {"train_runtime": 7.0, "step": 8},
+    ]  # fmt: skip
+    state = SimpleNamespace(log_history=history, global_step=8, best_global_step=4)
+    callback = TrainingFactsCallback(model, {}, None)
+    names = []
+    for best in (False, True):
+        callback.on_log(SimpleNamespace(load_best_model_at_end=best), state, None)
+        (result,) = model.training_facts.results
+        names.append((result.metric_name, result.metric_value))
+    assert names == [("loss after 6 steps", 2.5), ("loss after 4 steps", 2.0)]
+    facts = model.training_facts
+    assert (facts.pruning, facts.steps, facts.loss, facts.seconds) == ("none in this training", 8, 0.5, 7.0)
 
 
 def test_cards_of_other_methods_are_left_alone(tmp_path: Path) -> None:

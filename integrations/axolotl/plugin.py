@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +89,31 @@ class QTuningPlugin(BasePlugin):
         return [EUPruningCallback(block.pruner(trainer.processing_class), block.tokens_per_batch)]
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Prune the training data, if asked to, under the model that is about to train, and count its steps anew."""
-        if not cfg.eu_pruning or cfg.eu_pruning.mode == "dynamic":
+        """Prune the training data, if asked to, and keep a side network's card at what the trainer logs."""
+        logged = self._prune(cfg, trainer) if cfg.eu_pruning and cfg.eu_pruning.mode != "dynamic" else None
+        if cfg.adapter != "qst":
             return
+        from ..facts import TrainingFactsCallback, datasets_on_the_hub
+
+        held_out = datasets_on_the_hub(cfg, "test_datasets")
+        trainer.add_callback(
+            TrainingFactsCallback(
+                trainer.model, cfg, logged, datasets_on_the_hub(cfg, "datasets"),
+                (held_out[0] if len(held_out) == 1 else None, None),
+            )
+        )  # fmt: skip
+
+    def _prune(self, cfg: Any, trainer: Any) -> str:
+        """Prune under the model that is about to train, and count its steps anew; returns what was kept."""
         from axolotl.utils.trainer import calculate_total_num_steps
 
-        trainer.train_dataset = pruned(cfg, trainer.train_dataset, trainer.model, trainer.processing_class)
+        logged: list[str] = []
+
+        def log(message: str) -> None:
+            LOG.info(message)
+            logged.append(message)
+
+        trainer.train_dataset = pruned(cfg, trainer.train_dataset, trainer.model, trainer.processing_class, log)
         cfg.total_num_tokens = cfg.total_supervised_tokens = None
         steps = max(int(calculate_total_num_steps(cfg, trainer.train_dataset)), 1)
         if not cfg.max_steps:
@@ -102,9 +122,10 @@ class QTuningPlugin(BasePlugin):
             share = cfg.warmup_ratio if cfg.warmup_ratio is not None else 0.03
             trainer.args.warmup_steps = int(share * (cfg.max_steps or steps))
         LOG.info("%d steps of pruned data", trainer.args.max_steps)
+        return logged[0].removeprefix("eu_pruning ") if logged else "as eu_pruning says"
 
 
-def pruned(cfg: Any, dataset: Any, model: Any, tokenizer: Any) -> Any:
+def pruned(cfg: Any, dataset: Any, model: Any, tokenizer: Any, log: Callable[[str], None] = LOG.info) -> Any:
     """The rows of `dataset`, as Axolotl has prepared it, that the block `eu_pruning` keeps."""
     from ..blocks import EUPruningBlock
     from ..pruning import prune_training_data
@@ -112,5 +133,5 @@ def pruned(cfg: Any, dataset: Any, model: Any, tokenizer: Any) -> Any:
     return prune_training_data(
         dataset, model, tokenizer, EUPruningBlock(**cfg.eu_pruning),
         cache_path=Path(cfg.dataset_prepared_path or cfg.output_dir) / "eu_scores",
-        report_path=Path(cfg.output_dir) / "eu_report.html", log=LOG.info,
+        report_path=Path(cfg.output_dir) / "eu_report.html", log=log,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..eu_plane.commands import console, one_sentence
 
@@ -37,12 +38,20 @@ def push(
     private: Annotated[bool, typer.Option(help="Make a new repository a private one.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to; by default main.")] = None,
     message: Annotated[str, typer.Option("--message", "-m", help="Commit message.")] = "",
+    dataset: Annotated[list[str] | None, typer.Option(help="Training data's name on the Hub; may be repeated.")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="Their language's code, as en; may be repeated.")] = None,
+    license: Annotated[
+        str | None, typer.Option(help="The adapter's licence as the Hub names it, as apache-2.0.")
+    ] = None,
 ) -> None:
     """Upload an adapter to the Hub: its configuration, weights, card and tokenizer, and nothing else."""
     with one_sentence():
         from ..sharing import push as upload
+        from ..training_facts import TrainingFacts
 
-        console.print(upload(folder, repo, private=private, revision=revision, message=message), highlight=False)
+        facts = TrainingFacts(datasets=tuple(dataset or ()), language=tuple(language or ()), license=license)
+        address = upload(folder, repo, private=private, revision=revision, message=message, facts=facts)
+        console.print(address, highlight=False)
 
 
 def pull(
@@ -68,5 +77,5 @@ def info(
 
         table = Table(box=None, show_header=False, pad_edge=False)
         for name, value in describe(adapter, revision):
-            table.add_row(name, value)
+            table.add_row(*(Text("".join(c if c.isprintable() else " " for c in text)) for text in (name, value)))
         Console().print(table, highlight=False)
