@@ -96,7 +96,8 @@ def _print_result(result: DemoResult) -> None:
     console.print(f"training data    {result.pruned}", highlight=False)
     console.print(f"scoring          {result.score_seconds:.0f} s; every sample on the plane: {result.report}")
     console.print(f"training         {result.train_seconds:.0f} s, everything {result.total_seconds:.0f} s")
-    console.print(f"peak memory      {result.peak_memory / 2**20:.0f} MiB")
+    if result.peak_memory is not None:
+        console.print(f"peak memory      {result.peak_memory / 2**20:.0f} MiB")
     console.print(f"trained weights  {result.trained_parameters / 1e6:.2f} million")
     console.print(f"adapter          {result.adapter_bytes / 2**20:.1f} MiB in {result.adapter}")
 

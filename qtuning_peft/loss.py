@@ -1,31 +1,37 @@
-"""Cross-entropy of a causal language model over its supervised positions only.
+"""Cross-entropy of a causal language model over its supervised positions, without ever holding all of their logits.
 
     L = - 1/|T| sum_(t in T) log p(y_t | y_<t),      T = {t : label_t != -100}
 
-The head is applied to the hidden states that predict a supervised token and to no others. With a large vocabulary and
-prompts that are only context, logits are most of a step's memory and, on a CPU, a good part of its time.
+The head is applied to the hidden states that predict a supervised token and to no others, a piece of them at a time.
+Nothing in the head is trained, so a piece's gradient can be taken at once, in the forward pass: dL/dh is all that
+is held for backward, d numbers a token instead of several times the vocabulary, and no logit is computed twice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .head import causal_model, head_of
 
 IGNORE_INDEX = -100
+# Logits of a piece: with their softmax and gradient, about half a gigabyte in float32 and a few hundred tokens.
+PIECE_ELEMENTS = 2**25
+Head = Callable[[Tensor], Tensor]
 
 
 def supervised_loss(
-    model: nn.Module, input_ids: Tensor, labels: Tensor, num_items: Tensor | int | None = None, **inputs: Tensor
+    model: nn.Module, input_ids: Tensor, labels: Tensor, num_items: Tensor | int | None = None, **inputs: Any
 ) -> Tensor:
     """Mean negative log-likelihood of the supervised tokens, in nats.
 
     Args:
-        model: A transformers causal language model, or a PEFT model around one, whose logits are its output
-            embeddings times its decoder's last hidden state and nothing else.
+        model: A transformers causal language model, or a PEFT model around one.
         input_ids: (batch, length), int64.
         labels: (batch, length), int64, -100 where a token is not supervised. They are shifted here.
         num_items: Divisor instead of the number of supervised tokens, for gradient accumulation.
@@ -33,11 +39,63 @@ def supervised_loss(
 
     Returns:
         The loss, a float32 scalar; zero for a batch without supervised tokens.
+
+    Raises:
+        ValueError: when `model` is not a causal language model.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    hidden_states = base.get_decoder()(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
-    targets = labels[:, 1:]
+    base = causal_model(model)
+    output = base.get_decoder()(input_ids=input_ids, use_cache=False, **inputs)
+    targets = labels[:, 1:].to(output.last_hidden_state.device)
     supervised = targets != IGNORE_INDEX
-    logits = base.get_output_embeddings()(hidden_states[:, :-1][supervised])  # (supervised, vocabulary)
-    total = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
-    return total / (num_items if num_items is not None else torch.clamp(supervised.sum(), min=1))
+    hidden_states, targets = output.last_hidden_state[:, :-1][supervised], targets[supervised]  # (tokens, d), (tokens,)
+    frozen = not any(parameter.requires_grad for parameter in base.get_output_embeddings().parameters())
+    piece = max(1, PIECE_ELEMENTS // base.get_output_embeddings().weight.shape[0])
+    total = summed_loss(head_of(base, output), hidden_states, targets, piece, frozen)
+    return total / (num_items if num_items is not None else supervised.sum().clamp(min=1))
+
+
+def summed_loss(head: Head, hidden_states: Tensor, targets: Tensor, piece: int, frozen: bool) -> Tensor:
+    """Sum of the targets' negative log-likelihoods in nats, a float32 scalar (float64 for float64 logits).
+
+    Args:
+        head: From hidden states (tokens, d) to logits (tokens, vocabulary).
+        hidden_states: (tokens, d).
+        targets: (tokens,), int64.
+        piece: Tokens whose logits are held at a time.
+        frozen: Whether nothing in `head` needs a gradient. If something does, backward computes logits once more.
+    """
+    if frozen and hidden_states.requires_grad and torch.is_grad_enabled():
+        total: Tensor = _FrozenHead.apply(hidden_states, targets, head, piece)
+        return total
+    total = hidden_states.new_zeros((), dtype=torch.promote_types(hidden_states.dtype, torch.float32))
+    for states, wanted in zip(hidden_states.split(piece), targets.split(piece), strict=True):
+        total = total + checkpoint(_summed, head, states, wanted, use_reentrant=False)
+    return total
+
+
+def _summed(head: Head, hidden_states: Tensor, targets: Tensor) -> Tensor:
+    logits = head(hidden_states)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), targets, reduction="sum")
+
+
+class _FrozenHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, targets: Tensor, head: Head, piece: int) -> Tensor:
+        gradient = torch.empty_like(hidden_states)  # (tokens, d)
+        total = hidden_states.new_zeros((), dtype=torch.promote_types(hidden_states.dtype, torch.float32))
+        for start in range(0, len(hidden_states), piece):
+            here = slice(start, start + piece)
+            with torch.enable_grad():
+                states = hidden_states[here].detach().requires_grad_()
+                loss = _summed(head, states, targets[here])
+            (gradient[here],) = torch.autograd.grad(loss, states)
+            total += loss.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer, None, None, None

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -51,6 +52,9 @@ def config_of(family: str, **overrides: object) -> PretrainedConfig:
             **GROUPED
             | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
             | overrides
+        ),
+        "gemma2": lambda: Gemma2Config(
+            **GROUPED | {"head_dim": 16, "sliding_window": 4, "final_logit_softcapping": 1.0} | overrides
         ),
         "gemma3": lambda: Gemma3TextConfig(
             **GROUPED

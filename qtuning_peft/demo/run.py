@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -12,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from peft import get_peft_model
-from torch import Tensor, nn
-from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
+from torch import nn
+from transformers import AutoTokenizer, TrainingArguments, set_seed
 
-from .. import SideTuningConfig, recipes  # type: ignore[attr-defined]
+from .. import SideTuningConfig, SideTuningTrainer, recipes  # type: ignore[attr-defined]
 from ..atomic import replacing
 from ..eu_plane import EUPruner, Pruned
 from ..eu_plane import score as score_data
 from ..eu_plane.report import write_report
-from ..loss import supervised_loss
+from ..training_facts import TrainingFacts, machine, peak_memory
 from .evaluate import Score, load_base, quiet, score
 from .gsm8k import RightPadding, read_rows
 from .smollm2 import prepare_checkpoint
@@ -40,7 +40,7 @@ class DemoResult:
         score_seconds: Time of scoring the training data.
         train_seconds: Time of the training loop.
         total_seconds: Time of everything.
-        peak_memory: Bytes; of the GPU if there is one, else resident memory of the training process.
+        peak_memory: Bytes; of the GPU if there is one, else resident memory of the training process, where it is known.
         adapter_bytes: Size of `adapter_model.safetensors`.
         trained_parameters: Number of trained parameters.
         adapter: Folder of the adapter.
@@ -53,24 +53,11 @@ class DemoResult:
     score_seconds: float
     train_seconds: float
     total_seconds: float
-    peak_memory: int
+    peak_memory: int | None
     adapter_bytes: int
     trained_parameters: int
     adapter: Path
     report: Path
-
-
-class _SupervisedTrainer(Trainer):
-    """`transformers.Trainer` with the loss over supervised positions only."""
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        return supervised_loss(self.accelerator.unwrap_model(model), **inputs, num_items=num_items_in_batch)
 
 
 def run_demo(output_dir: Path, seed: int | None = None) -> DemoResult:
@@ -105,8 +92,13 @@ def run_demo(output_dir: Path, seed: int | None = None) -> DemoResult:
     assert pruner.pruned is not None
     report = write_report(scored, tokenizer, pruner, output_dir / "report.html", seed=seed)
 
-    model = get_peft_model(base, SideTuningConfig(task_type="CAUSAL_LM", **recipe["qst"]))
+    model: Any = get_peft_model(base, SideTuningConfig(task_type="CAUSAL_LM", **recipe["qst"]))
     train_seconds = _train(model, tokenizer, scored.map(pruner, batched=True), recipe, seed, output_dir)
+    memory = peak_memory()
+    model.training_facts = TrainingFacts(
+        recipe=yaml.safe_dump(recipe, sort_keys=False), pruning=str(pruner.pruned), datasets=("openai/gsm8k",),
+        language=("en",), seconds=train_seconds, peak_memory=memory, machine=machine(),
+    )  # fmt: skip
     adapter_folder = _save(model, output_dir / "adapter")
     return DemoResult(
         before=before,
@@ -115,7 +107,7 @@ def run_demo(output_dir: Path, seed: int | None = None) -> DemoResult:
         score_seconds=score_seconds,
         train_seconds=train_seconds,
         total_seconds=time.perf_counter() - started,
-        peak_memory=_peak_memory(),
+        peak_memory=memory[0] if memory else None,
         adapter_bytes=(adapter_folder / "adapter_model.safetensors").stat().st_size,
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         adapter=output_dir / "adapter",
@@ -132,7 +124,7 @@ def _score_training_data(base: nn.Module, tokenizer: Any, recipe: dict[str, Any]
 
 
 def _train(model: nn.Module, tokenizer: Any, kept: Dataset, recipe: dict[str, Any], seed: int, work_dir: Path) -> float:
-    trainer = _SupervisedTrainer(
+    trainer = SideTuningTrainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(work_dir),
@@ -165,10 +157,3 @@ def _score_in_fresh_process(base: Path, adapter: Path) -> Score:
     if finished.returncode != 0:
         raise RuntimeError(f"The fresh process that evaluates {adapter} failed; its message is above.")
     return Score(**json.loads(finished.stdout.splitlines()[-1]))
-
-
-def _peak_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return resident if sys.platform == "darwin" else resident * 1024  # Linux counts in KiB

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..head import causal_model
 from ..loss import IGNORE_INDEX
-from .scores import TokenScores, causal_model, token_scores
+from .scores import TokenScores, token_scores
 
 # Of the scores in `TokenScores`, in its order.
 COLUMNS = ("token_error", "token_uncertainty", "token_el2n")

@@ -14,7 +14,7 @@ import xxhash
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .scores import causal_model
+from ..head import causal_model
 
 # Changes when scores change for the same input.
 VERSION = 1

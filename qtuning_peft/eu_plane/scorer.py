@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ..head import causal_model
 from ..loss import IGNORE_INDEX
 from .batching import Piece, mean, run
 from .identity import fingerprint
 from .repetition import repetition
 from .rows import RowEncoder
-from .scores import causal_model
 from .tokenized import EncodedRow, RowError, untouched
 
 

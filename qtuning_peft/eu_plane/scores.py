@@ -9,15 +9,12 @@ e = log Z - s_y and u = log Z - (w . s) / Z. The pass goes over chunks of superv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from copy import copy
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
+from ..head import causal_model, head_of
 from ..loss import IGNORE_INDEX
 
 # Logits held at a time, whatever the vocabulary and the batch: 16 MiB of float32 where they should stay in a CPU's
@@ -96,75 +93,13 @@ def scores_of_hidden_states(base: Any, output: Any, labels: Tensor, el2n: bool =
     targets = targets[supervised].to(hidden_states.device)
     elements = CHUNK_ELEMENTS.get(hidden_states.device.type, CHUNK_ELEMENTS_ELSEWHERE)
     chunk = max(1, elements // base.get_output_embeddings().weight.shape[0])
-    with head_of(base, output) as head:
-        chunks = [
-            scores_of_logits(head(states), wanted, el2n)
-            for states, wanted in zip(hidden_states.split(chunk), targets.split(chunk), strict=True)
-        ]
+    head = head_of(base, output)
+    chunks = [
+        scores_of_logits(head(states), wanted, el2n)
+        for states, wanted in zip(hidden_states.split(chunk), targets.split(chunk), strict=True)
+    ]
     return TokenScores(
         error=torch.cat([scores.error for scores in chunks]),
         uncertainty=torch.cat([scores.uncertainty for scores in chunks]),
         el2n=torch.cat([scores.el2n for scores in chunks if scores.el2n is not None]) if el2n else None,
     )
-
-
-def causal_model(model: nn.Module) -> Any:
-    """The transformers model inside `model`, adapters included.
-
-    Raises:
-        ValueError: when it has no decoder and head, or when its PEFT method adds tokens of its own to the input.
-    """
-    if isinstance(model, PeftModel):
-        if model.active_peft_config.is_prompt_learning:
-            raise ValueError(
-                f"The adapter's method, {model.active_peft_config.peft_type.value}, puts tokens of its own before the "
-                "input, which scoring does not follow; score with the base model."
-            )
-        model = model.get_base_model()
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None or getattr(model, "get_decoder", lambda: None)() in (None, model):
-        raise ValueError(
-            f"{type(model).__name__} is not a causal language model with a decoder and a head; load the model with "
-            "AutoModelForCausalLM."
-        )
-    return model
-
-
-@contextmanager
-def head_of(base: Any, output: Any) -> Iterator[Callable[[Tensor], Tensor]]:
-    """The model behind its decoder as a function: hidden states (tokens, d) to logits (tokens, vocabulary).
-
-    Families scale or cap their logits behind the head, each in its own `forward`. So that `forward` is what runs, with
-    a decoder that hands out the given hidden states.
-
-    Args:
-        base: A causal language model.
-        output: What its decoder returned for some input.
-
-    Raises:
-        ValueError: when the model's `forward` does not go through its decoder.
-    """
-    decoder = base.get_decoder()
-    replaced = vars(decoder).get("forward")
-    given: list[Any] = []
-
-    def hand_out(*args: Any, **kwargs: Any) -> Any:
-        return given.pop()
-
-    def head(hidden_states: Tensor) -> Tensor:
-        result = copy(output)
-        result["last_hidden_state"] = hidden_states.unsqueeze(0)  # (1, tokens, d)
-        given.append(result)
-        logits = base(input_ids=hidden_states.new_zeros((1, hidden_states.shape[0]), dtype=torch.long)).logits
-        if given:
-            raise ValueError(f"{type(base).__name__} does not call its decoder; such a model cannot be scored.")
-        return logits.squeeze(0)
-
-    decoder.forward = hand_out
-    try:
-        yield head
-    finally:
-        if replaced is None:
-            del decoder.forward
-        else:
-            decoder.forward = replaced

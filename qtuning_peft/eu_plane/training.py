@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..head import causal_model
 from ..loss import IGNORE_INDEX
 from ..side_tuning.base_states import BaseStates, base_states, side_tuning_layer, use_in_next_forward
 from .batching import COLUMNS, Piece, by_piece, mean, run
 from .pruner import EUPruner
-from .scores import causal_model, scores_of_hidden_states
+from .scores import scores_of_hidden_states
 from .selection import KEEP, TRIM
 from .tokenized import RowError, tokenized
 

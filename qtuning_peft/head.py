@@ -1,0 +1,91 @@
+"""What stands behind a decoder: from its hidden states to logits, a few positions at a time.
+
+    logits = head(h)            h: (tokens, d), the decoder's last hidden state
+
+A vocabulary is wide, and most of the memory of a naive loss or score is logits that are looked at once. Who has the
+head as a function of hidden states never needs those of a whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+
+def causal_model(model: nn.Module) -> Any:
+    """The transformers model inside `model`, adapters included.
+
+    Raises:
+        ValueError: when it has no decoder and head, or when its PEFT method adds tokens of its own to the input.
+    """
+    if isinstance(model, PeftModel):
+        if model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                f"The adapter's method, {model.active_peft_config.peft_type.value}, puts tokens of its own before the "
+                "input, which its head alone does not follow; use the base model, or another method."
+            )
+        model = model.get_base_model()
+    if not is_causal(model):
+        raise ValueError(
+            f"{type(model).__name__} is not a causal language model with a decoder and a head; load the model with "
+            "AutoModelForCausalLM."
+        )
+    return model
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether `model` has a decoder and, behind it, a head that gives logits."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return head is not None and getattr(model, "get_decoder", lambda: None)() not in (None, model)
+
+
+def head_of(base: Any, output: Any) -> Callable[[Tensor], Tensor]:
+    """The model behind its decoder as a function: hidden states (tokens, d) to logits (tokens, vocabulary).
+
+    Families scale or cap their logits behind the head, each in its own `forward`. So that `forward` is what runs, with
+    a decoder that hands out the given hidden states.
+
+    Args:
+        base: A causal language model.
+        output: What its decoder returned for some input.
+
+    Returns:
+        The function. It raises a `ValueError` when the model's `forward` does not go through its decoder.
+    """
+    decoder = base.get_decoder()
+
+    def head(hidden_states: Tensor) -> Tensor:
+        result = copy(output)
+        result["last_hidden_state"] = hidden_states.unsqueeze(0)  # (1, tokens, d)
+        with _decoder_that_returns(decoder, result) as asked:
+            logits = base(input_ids=hidden_states.new_zeros((1, hidden_states.shape[0]), dtype=torch.long)).logits
+        if not asked:
+            raise ValueError(f"{type(base).__name__} does not call its decoder, so its head cannot run by itself.")
+        return logits.squeeze(0)
+
+    return head
+
+
+@contextmanager
+def _decoder_that_returns(decoder: nn.Module, result: Any) -> Iterator[list[None]]:
+    replaced = vars(decoder).get("forward")
+    asked: list[None] = []
+
+    def hand_out(*args: Any, **kwargs: Any) -> Any:
+        asked.append(None)
+        return result
+
+    decoder.forward = hand_out
+    try:
+        yield asked
+    finally:
+        if replaced is None:
+            del decoder.forward
+        else:
+            decoder.forward = replaced
