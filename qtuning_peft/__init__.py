@@ -7,7 +7,8 @@ and what they are made of choose training data on the Error-Uncertainty plane (Q
 
 from ._register import register
 from .eu_plane import EUPruner, EUPruningCallback, EUScorer, prune, score
-from .side_tuning import SideTuningConfig, SideTuningModel
+from .side_tuning import SideTuningConfig, SideTuningModel, fit_projections
+from .trainer import SideTuningTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,7 +17,9 @@ __all__ = [
     "EUScorer",
     "SideTuningConfig",
     "SideTuningModel",
+    "SideTuningTrainer",
     "__version__",
+    "fit_projections",
     "prune",
     "score",
 ]

@@ -212,9 +212,9 @@ def test_no_attention_map_is_held() -> None:
 @pytest.mark.parametrize("downsample", [*LEARNED, "maxpool", "avgpool"])
 def test_a_side_block_holds_what_its_formulas_need(downsample: str) -> None:
     float32, bfloat16, statistic = 4, 2, 4
-    # On a CPU, RMSNorm holds its input and the normed value; a pooled tap's input needs no gradient.
+    # On a CPU, RMSNorm holds its input and the normed value in float32; a pooled tap's input needs no gradient.
     norms = ((6 if downsample in LEARNED else 5) * SIDE + 3) * float32
-    gate = 2 * SIDE * float32  # the normed tap and the side state
+    gate = 2 * SIDE * bfloat16  # the normed tap and the side state
     attention = (SIDE + 3 * SIDE + 2 * SIDE + SIDE) * bfloat16 + statistic * SIDE // 64
     mlp = (SIDE + 2 * INNER + INNER + INNER) * bfloat16
     tap = {"linear": WIDTH, "lora": WIDTH + 16, "adapter": WIDTH + 2 * 16}.get(downsample, 0) * bfloat16
@@ -224,7 +224,7 @@ def test_a_side_block_holds_what_its_formulas_need(downsample: str) -> None:
 
 @pytest.mark.parametrize("downsample", [*LEARNED, "maxpool", "avgpool"])
 def test_a_checkpointed_side_block_holds_its_narrow_inputs(downsample: str) -> None:
-    inputs = SIDE * 2 + SIDE * 4  # the down-sampled tap and the side state
+    inputs = 2 * SIDE * 2  # the down-sampled tap and the side state
     tap = {"linear": WIDTH, "lora": WIDTH + 16, "adapter": WIDTH + 2 * 16}.get(downsample, 0) * 2
     assert bytes_per_token_and_block(downsample, checkpointing=True) == inputs + tap
 

@@ -69,7 +69,18 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bf16": True},
+        {"gradient_checkpointing": True},
+        {"optim": "adamw_bnb_8bit"},
+        # On a CPU nothing is paged, but the optimizer is the same.
+        {"optim": "paged_adamw_8bit"},
+    ],
+    ids=str,
+)
 def test_the_trainer(options: dict[str, object], tmp_path: Path) -> None:
     model = get_peft_model(tiny(), SideTuningConfig(r=4, task_type="CAUSAL_LM"))
     before = snapshot(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, load_dataset
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from qtuning_peft.integrations.blocks import EUPruningBlock, QSTBlock, read_block
 from qtuning_peft.integrations.trl import EUPruningSFTTrainer, main
@@ -142,10 +144,10 @@ def run(folder: Path, name: str, content: dict[str, Any], *arguments: str) -> su
 def test_a_recipe_of_trl_becomes_ours_with_a_block(folder: Path, tmp_path: Path) -> None:
     recipe = settings(tmp_path / "out", eval_strategy="steps", eval_steps=4, save_steps=4, max_steps=8) | {
         "model_name_or_path": str(folder / "model"), "dataset_name": str(folder / "chat"),
-        "assistant_only_loss": True, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+        "assistant_only_loss": True, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "hub_token": "hf_s3cret",
     }  # fmt: skip
     blocks = {"qst": {"r": 4}, "eu_pruning": {"sample_ratio": 0.5, "token_ratio": 0.7}}
-    done = run(tmp_path, "qst", recipe | blocks)
+    done = run(tmp_path, "qst", recipe | blocks, "--weight_decay", "0.125")
     assert done.returncode == 0, done.stderr
     assert "kept 32 of 64 samples" in done.stderr
 
@@ -154,6 +156,19 @@ def test_a_recipe_of_trl_becomes_ours_with_a_block(folder: Path, tmp_path: Path)
     state = yaml.safe_load((out / "checkpoint-8" / "trainer_state.json").read_text())
     evaluations = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
     assert evaluations[1] < evaluations[0]
+
+    # What the file, the command line and the log say of it is in its card, but nothing of this machine.
+    card = ModelCard.load(out / "README.md")
+    for known in (
+        "| pruning | kept 32 of 64 samples", "| steps | 8 |", "token_ratio: 0.7", "learning_rate: 0.02",
+        "weight_decay: 0.125", "load_in_4bit: true", "| machine | ", "MiB resident", "import qtuning_peft",
+        "huggingface/trl",
+    ):  # fmt: skip
+        assert known in card.text
+    assert (card.data.library_name, card.data.datasets) == ("peft", None)
+    assert [result.metric_value for result in card.data.eval_results] == [round(evaluations[1], 4)]
+    for mine in (str(folder), str(tmp_path), "s3cret", platform.node()):
+        assert mine not in str(card)
 
     # Loaded with plain PEFT, the adapter has the loss that the trainer saw.
     from transformers import BitsAndBytesConfig
@@ -177,6 +192,11 @@ def test_a_recipe_of_trl_becomes_ours_with_a_block(folder: Path, tmp_path: Path)
     )
     assert done.returncode == 0, done.stderr
     assert "kept 16 of 64 samples" in done.stderr
+    card = ModelCard.load(out / "README.md")
+    assert "| steps | 10 |" in card.text
+    assert "from step 8 on" in card.text
+    assert "kept 32 of" not in card.text
+    assert len(card.data.eval_results) == 1
     assert parts == {file: file.stat().st_mtime_ns for file in (out / "eu_scores").iterdir()}
 
 
@@ -188,6 +208,7 @@ def test_a_recipe_of_trl_without_blocks_is_as_it_was(folder: Path, tmp_path: Pat
     done = run(tmp_path, "lora", recipe, "--learning_rate", "1e-3")
     assert done.returncode == 0, done.stderr
     assert all("lora" in name for name in load_file(tmp_path / "out" / "adapter_model.safetensors"))
+    assert "qtuning" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_batches_are_pruned_dynamically(folder: Path, tmp_path: Path) -> None:
@@ -201,6 +222,7 @@ def test_batches_are_pruned_dynamically(folder: Path, tmp_path: Path) -> None:
     kept = [entry["kept_samples"] for entry in state["log_history"] if "kept_samples" in entry]
     assert len(kept) == 4
     assert all(0 < share <= 0.625 for share in kept)
+    assert "| pruning | every batch while training, which kept" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -242,7 +264,7 @@ def test_the_block_has_every_field_of_the_configuration() -> None:
         "r": 4, "downsample": "lora", "downsample_rank": 3, "downsample_norm": False, "num_side_heads": 2,
         "layers_to_transform": [0, 2], "side_dropout": 0.1, "mixing": "paper", "compute_dtype": "bfloat16",
         "modules_to_save": ["score"], "target_modules": None, "trainable_token_indices": None,
-        "base_hidden_size": 64, "base_num_layers": 4, "tokenizer_fingerprint": None,
+        "base_hidden_size": 64, "base_num_layers": 4, "tokenizer_fingerprint": None, "tap_storage": "int4",
     }  # fmt: skip
     assert set(QSTBlock.model_fields) == set(chosen)
     config = read_block("qst", QSTBlock, chosen).peft_config()

@@ -2,5 +2,6 @@
 
 from .config import SideTuningConfig
 from .model import SideTuningModel
+from .projection import fit_projections
 
-__all__ = ["SideTuningConfig", "SideTuningModel"]
+__all__ = ["SideTuningConfig", "SideTuningModel", "fit_projections"]

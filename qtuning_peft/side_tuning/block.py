@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.activations import ACT2FN
@@ -29,6 +30,7 @@ class BlockInputs:
         rotary: Cosine and sine from `narrow_rotary`, where the base has rotary positions.
         cache: The key-value cache, whose layer `cache_layer` belongs to this side block.
         extra: Further arguments of the attention implementation, such as the boundaries of packed sequences.
+        masks: Masks of this pass as attention adds them, by their source and dtype.
     """
 
     attention_mask: Any = None
@@ -36,12 +38,42 @@ class BlockInputs:
     cache: Cache | None = None
     cache_layer: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
+    masks: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def additive(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """`mask` in `dtype`, minus infinity where it is boolean and false.
+
+        One for all blocks: SDPA makes its own of another kind, as large as an attention map, and each block would hold
+        one for backward.
+        """
+        key = (id(mask), dtype)
+        if key not in self.masks:
+            added = mask.to(dtype)
+            if mask.dtype == torch.bool:
+                added = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+            # With its source, whose id is its name for as long as it lives.
+            self.masks[key] = (mask, added)
+        return self.masks[key][1]
 
 
 def make_norm(spec: DecoderSpec, width: int) -> nn.Module:
     """A norm of the base's kind: LayerNorm where the base centers, RMSNorm where it does not."""
     kind = nn.LayerNorm if spec.centered_norm else nn.RMSNorm
     return kind(width, eps=spec.norm_eps, dtype=torch.float32)
+
+
+def apply_norm(norm: nn.Module, states: Tensor) -> Tensor:
+    """`norm` of `states` (..., width), in their dtype.
+
+    Autocast would widen the states to float32 and hold that for backward, though the kernels sum in float32 anyway.
+    """
+    if not isinstance(norm, nn.LayerNorm | nn.RMSNorm):
+        return norm(states)
+    weight = norm.weight.to(states.dtype)
+    with torch.autocast(states.device.type, enabled=False):
+        if isinstance(norm, nn.LayerNorm):
+            return F.layer_norm(states, norm.normalized_shape, weight, norm.bias.to(states.dtype), norm.eps)
+        return F.rms_norm(states, norm.normalized_shape, weight, norm.eps)
 
 
 def default_num_heads(width: int) -> int:
@@ -114,10 +146,10 @@ class SideAttention(nn.Module):
 
         implementation = self.config._attn_implementation or "eager"
         mask = _shared_mask(inputs.attention_mask, implementation)
-        if isinstance(mask, Tensor) and mask.is_floating_point():
-            mask = mask.to(query.dtype)
         if implementation not in ALL_ATTENTION_FUNCTIONS:
             implementation = "sdpa"
+        if isinstance(mask, Tensor) and (mask.is_floating_point() or (implementation == "sdpa" and mask.dim() == 4)):
+            mask = inputs.additive(mask, query.dtype)
         # SDPA kernels want the keys' dtype everywhere; a cache may hold another one than autocast computes in.
         key, value = key.to(query.dtype), value.to(query.dtype)
         attend = ALL_ATTENTION_FUNCTIONS[implementation]
@@ -192,5 +224,6 @@ class SideBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, inputs: BlockInputs) -> Tensor:
         """One block; `hidden_states` and the result are (batch, length, d/r)."""
-        hidden_states = hidden_states + self.dropout(self.attention(self.attention_norm(hidden_states), inputs))
-        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+        attended = self.attention(apply_norm(self.attention_norm, hidden_states), inputs)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(apply_norm(self.mlp_norm, hidden_states)))

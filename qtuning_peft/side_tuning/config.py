@@ -19,8 +19,10 @@ from peft import PeftConfig
 from .._register import QST
 from .safe_loading import LARGEST_SIZE, Origin, check_names, check_text
 
-DOWNSAMPLES = ("adapter", "lora", "linear", "maxpool", "avgpool")
+LEARNED = ("adapter", "lora", "linear")
+DOWNSAMPLES = (*LEARNED, "projection", "maxpool", "avgpool")
 MIXINGS = ("residual", "paper", "reference")
+TAP_STORAGES = ("full", "int8", "int4", "recompute")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -34,10 +36,11 @@ class SideTuningConfig(PeftConfig):
             hidden size. Smaller learns more and costs more.
         downsample (`str`):
             How a hidden state of the base enters the side network: `"linear"` (d to d/r), `"lora"` (d to
-            `downsample_rank` to d/r), `"adapter"` (the same with a SiLU in between), `"maxpool"` or `"avgpool"`
-            (over groups of r channels; nothing to learn, and nothing d wide is held for backward).
+            `downsample_rank` to d/r), `"adapter"` (the same with a SiLU in between), `"projection"` (as `"lora"`, its
+            first half frozen: orthogonal, or fitted by `fit_projections`), `"maxpool"` or `"avgpool"` (over groups of
+            r channels, nothing to learn). The last three hold nothing d wide for backward.
         downsample_rank (`int`):
-            Inner width of `"adapter"` and `"lora"`.
+            Inner width of `"adapter"`, `"lora"` and `"projection"`.
         downsample_norm (`bool`):
             Normalize every down-sampled hidden state. The authors' code does, the paper does not say so.
         num_side_heads (`int`, *optional*):
@@ -55,6 +58,10 @@ class SideTuningConfig(PeftConfig):
         compute_dtype (`str`):
             Autocast dtype of the side network: `"auto"` (that of the base's hidden states), `"float32"`,
             `"bfloat16"` or `"float16"`. The weights themselves are always kept and trained in float32.
+        tap_storage (`str`):
+            What training holds of the hidden states that a learned down-sampler reads, d wide in every block:
+            `"full"`, rounded to `"int8"` or `"int4"` (only the down-samplers' gradient is inexact), or nothing, with
+            `"recompute"`: the base runs once more in backward, exactly. Pooled and projected taps need none of it.
         target_modules (`list[str]`, *optional*):
             Filled in with the path of the base's final norm, where the side network attaches.
         modules_to_save (`list[str]`, *optional*):
@@ -81,10 +88,12 @@ class SideTuningConfig(PeftConfig):
         default="linear",
         metadata={
             "help": "How a hidden state of the base enters the side network: linear, lora, adapter (learned), "
-            "maxpool or avgpool (nothing to learn, least memory)."
+            "projection (frozen, a learned layer behind it), maxpool or avgpool (nothing to learn, least memory)."
         },
     )
-    downsample_rank: int = field(default=16, metadata={"help": "Inner width of the adapter and lora down-samplers."})
+    downsample_rank: int = field(
+        default=16, metadata={"help": "Inner width of the adapter, lora and projection down-samplers."}
+    )
     downsample_norm: bool = field(
         default=True, metadata={"help": "Normalize every down-sampled hidden state, as the authors' code does."}
     )
@@ -111,6 +120,13 @@ class SideTuningConfig(PeftConfig):
         metadata={
             "help": "Autocast dtype of the side network: auto (that of the base's hidden states), float32, bfloat16 "
             "or float16. Weights are always kept in float32."
+        },
+    )
+    tap_storage: str = field(
+        default="full",
+        metadata={
+            "help": "What training holds of the hidden states that learned down-samplers read: full, int8, int4, or "
+            "recompute (nothing; the base runs once more in backward)."
         },
     )
     target_modules: list[str] | str | None = field(
@@ -155,6 +171,12 @@ class SideTuningConfig(PeftConfig):
         self._check_choice("downsample", DOWNSAMPLES)
         self._check_choice("mixing", MIXINGS)
         self._check_choice("compute_dtype", COMPUTE_DTYPES)
+        self._check_choice("tap_storage", TAP_STORAGES)
+        if self.tap_storage != "full" and self.downsample not in LEARNED:
+            raise ValueError(
+                f"tap_storage is {self.tap_storage}, but {self.downsample} holds no hidden state for backward; leave "
+                f"it at full, or choose downsample from {', '.join(LEARNED)}."
+            )
         dropout = self.side_dropout
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
             raise ValueError(f"side_dropout is {short(dropout)}; give a probability from 0 up to, not including, 1.")

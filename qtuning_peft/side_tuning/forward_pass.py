@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from transformers import Cache
 
 from .block import BlockInputs, narrow_rotary
 from .network import SideNetwork
+from .tap_storage import RunBase, TapReader, TapStorage
 
 if TYPE_CHECKING:
     from .base_states import BaseStates
@@ -48,9 +49,12 @@ class ForwardPass:
     steps: int = 0
     first_side_layer: int = 0
     finished: bool = False
-    recording: BaseStates | None = None
+    recording: BaseStates | TapReader | None = None
+    run_base: RunBase | None = None
+    taps: TapStorage = field(default_factory=TapStorage)
     rotary: tuple[Tensor, Tensor] | None = None
     rotary_source: Any = None
+    masks: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def block_inputs(self, block: nn.Module, arguments: dict[str, Any]) -> BlockInputs:
         """What the base handed to `block`, for the side block beside it."""
@@ -60,6 +64,7 @@ class ForwardPass:
             rotary=self._narrow_rotary(arguments.get("position_embeddings")),
             cache=cache_in(arguments),
             cache_layer=self.first_side_layer + self.steps,
+            masks=self.masks,
             extra={name: arguments[name] for name in ATTENTION_ARGUMENTS if arguments.get(name) is not None},
         )
         window = next((m.sliding_window for m in block.modules() if getattr(m, "sliding_window", None)), None)
@@ -87,7 +92,7 @@ class CurrentPass(threading.local):
     """The pass the calling thread is in, and where it keeps the base's states; servers run several on one model."""
 
     value: ForwardPass | None = None
-    recording: BaseStates | None = None
+    recording: BaseStates | TapReader | None = None
 
     def __reduce__(self) -> tuple[type[CurrentPass], tuple[()]]:
         # A copied or pickled model is in no pass.
@@ -109,11 +114,39 @@ class DecoderForward:
         if self.layer.training:
             states = self.layer.take_waiting(kwargs.get("input_ids", args[0] if args else None), kwargs)
             if states is not None:
-                return self.layer.replay(states)
-        with self.layer.following(self.decoder):
-            if self.replaced is not None:
-                return self.replaced(*args, **kwargs)
-            return type(self.decoder).forward(self.decoder, *args, **kwargs)
+                return self.layer.replay(states, self._again(args, kwargs))
+        with self.layer.following(self.decoder, self._again(args, kwargs)):
+            return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        return type(self.decoder).forward(self.decoder, *args, **kwargs)
+
+    def _again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RunBase:
+        """Runs the base over the same input once more, under the autocast of now."""
+        device_type = self.layer.base_device().type
+        cache = kwargs.get("past_key_values")
+        continued = isinstance(cache, Cache) and cache.get_seq_length() > 0
+        autocast = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+
+        def run_base(reader: TapReader) -> None:
+            if continued:
+                raise RuntimeError(
+                    "tap_storage is recompute, and the pass continued one whose keys and values were given in "
+                    "past_key_values; train without a cache, or set tap_storage to full."
+                )
+            given = {**kwargs, "use_cache": False, "past_key_values": None}
+            on, dtype = autocast
+            with (
+                torch.no_grad(),
+                torch.autocast(device_type, dtype=dtype, enabled=on),
+                self.layer.recording(reader),
+                self.layer.following(self.decoder),
+            ):
+                self._run(*args, **given)
+
+        return run_base
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -24,6 +24,7 @@ from .config import SideTuningConfig
 from .decoder import DecoderSpec
 from .forward_pass import BlockHook, CurrentPass, DecoderForward, ForwardPass, bind, cache_in
 from .network import SideNetwork
+from .tap_storage import RunBase, TapReader
 
 MERGE_REFUSAL = (
     "A side network is not a weight delta and cannot be merged into the base; keep the adapter beside it, or call "
@@ -130,8 +131,12 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
             self._decoder_forward = None
 
     @contextmanager
-    def following(self, decoder: nn.Module) -> Iterator[None]:
+    def following(self, decoder: nn.Module, run_base: RunBase | None = None) -> Iterator[None]:
         """Run the decoder's forward in this context: no autograd, eval mode, the side network beside it.
+
+        Args:
+            decoder: The decoder.
+            run_base: Runs it again over the same input, for taps that are not held.
 
         Raises:
             RuntimeError: when the decoder ends without its final norm.
@@ -140,7 +145,9 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         if self._decoder_forward is None:
             yield
             return
-        current = ForwardPass(torch.is_grad_enabled(), self.active_network(), recording=self._current.recording)
+        current = ForwardPass(
+            torch.is_grad_enabled(), self.active_network(), recording=self._current.recording, run_base=run_base
+        )
         self._keep_base_in_eval_mode(decoder)
         self._current.value = current
         torch.set_grad_enabled(False)
@@ -177,7 +184,8 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
                 "side tuning does not support this architecture yet."
             )
         with torch.set_grad_enabled(current.outer_grad):
-            current.side = current.network.start(embeddings)
+            current.taps = current.network.make_tap_storage(current.run_base)
+            current.side = current.network.start(embeddings, current.taps)
 
     def after_block(self, index: int, block: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Advance the side network by the output of base block `index`, if that is tapped."""
@@ -191,7 +199,7 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         assert current.side is not None
         inputs = current.block_inputs(block, bind(block, args, kwargs))
         with torch.set_grad_enabled(current.outer_grad):
-            current.side = current.network.step(current.steps, hidden_states, current.side, inputs)
+            current.side = current.network.step(current.steps, hidden_states, current.side, inputs, current.taps)
         current.steps += 1
 
     # -- the base's states, kept ---------------------------------------------------------------------------------------
@@ -203,7 +211,7 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         return self._decoder_forward.decoder
 
     @contextmanager
-    def recording(self, states: BaseStates) -> Iterator[None]:
+    def recording(self, states: BaseStates | TapReader) -> Iterator[None]:
         """Keep the base's states in `states`, and let the side network rest, in passes of this context."""
         self._current.recording = states
         try:
@@ -219,18 +227,19 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
                 return states
         return None
 
-    def replay(self, states: BaseStates) -> Any:
-        """What the decoder returns for kept states: the side network runs, the base does not."""
+    def replay(self, states: BaseStates, run_base: RunBase) -> Any:
+        """What the decoder returns for kept states: the side network runs, the base does not; `run_base` as above."""
         assert states.embeddings is not None
         assert states.normed is not None
         current = ForwardPass(torch.is_grad_enabled(), self.active_network())
         network = current.network
         if network is None:
             return states.output_with(states.normed)
-        current.side = network.start(states.embeddings)
+        current.taps = network.make_tap_storage(run_base)
+        current.side = network.start(states.embeddings, current.taps)
         for step, (block, arguments, hidden_states) in enumerate(states.blocks):
             inputs = current.block_inputs(block, arguments)
-            current.side = network.step(step, hidden_states, current.side, inputs)
+            current.side = network.step(step, hidden_states, current.side, inputs, current.taps)
             current.steps += 1
         return states.output_with(network.finish(states.normed, current.side))
 
@@ -273,9 +282,10 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         if adapter_name in self.qst_side_network:
             network = self.qst_side_network[adapter_name]
             if not any(parameter.is_meta for parameter in network.parameters()):
-                network.to(device or self._base_device())
+                network.to(device or self.base_device())
 
-    def _base_device(self) -> torch.device:
+    def base_device(self) -> torch.device:
+        """Where the end of the base is."""
         # A norm need not have weights.
         parameters = [*self.base_layer.parameters(), *self._last_block[0].parameters()]
         return parameters[0].device

@@ -34,7 +34,7 @@ class InputGate(nn.Module):
 
     def forward(self, tap: Tensor, side: Tensor) -> Tensor:
         """Blend `tap` and `side`, both (batch, length, d/r)."""
-        return torch.lerp(tap, side, torch.sigmoid(self.weight))
+        return torch.lerp(tap, side, torch.sigmoid(self.weight).to(side.dtype))
 
 
 class OutputMix(nn.Module):

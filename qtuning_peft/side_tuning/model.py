@@ -17,8 +17,11 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .._register import PREFIX
+from ..head import is_causal
+from ..loss import supervised_loss
 from .adapter_files import check_adapter, without_adapter_name
 from .config import SideTuningConfig
 from .decoder import DecoderSpec, find_decoder
@@ -27,6 +30,8 @@ from .network import SideNetwork, side_heads, side_width
 from .safe_loading import CONTAINER, check_file, tokenizer_fingerprint
 
 PEFT_PREFIX = "base_model.model."
+# Arguments of a causal model that its decoder does not have, or that its loss has no use for.
+NOT_THE_DECODERS = {"logits_to_keep", "return_dict", "use_cache"}
 
 
 class SideTuningModel(BaseTuner):
@@ -57,6 +62,23 @@ class SideTuningModel(BaseTuner):
             # Beside other adapters, transformers' way of adding one has registered it already and would keep it.
             self.peft_config.pop(adapter_name, None)
             raise
+
+    def forward(self, *args: Any, loss_in_pieces: bool = False, **kwargs: Any) -> Any:
+        """The model's own forward.
+
+        Args:
+            *args, **kwargs: Of the model's forward.
+            loss_in_pieces: Where there are `labels`, return their loss (see `loss`) without logits.
+        """
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        if not loss_in_pieces or not {"input_ids", "labels"} <= given.keys() or not is_causal(self.model):
+            return super().forward(*args, **kwargs)
+        loss = supervised_loss(
+            self.model,
+            num_items=given.pop("num_items_in_batch", None),
+            **{name: value for name, value in given.items() if name not in NOT_THE_DECODERS},
+        )
+        return CausalLMOutputWithPast(loss=loss)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, SideTuningConfig)

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .block import BlockInputs, SideBlock, default_num_heads, make_norm
+from .block import BlockInputs, SideBlock, apply_norm, default_num_heads, make_norm
 from .config import SideTuningConfig
 from .decoder import DecoderSpec
 from .downsample import make_downsample
 from .mixing import InputGate, OutputMix
+from .tap_storage import RunBase, TapStorage, make_tap_storage
 
 
 class Tap(nn.Module):
@@ -36,13 +37,9 @@ class Tap(nn.Module):
         # The authors' code has a LayerNorm here whatever norm the base has.
         return nn.LayerNorm(width, dtype=torch.float32) if config.mixing == "reference" else make_norm(spec, width)
 
-    def narrow(self, hidden_states: Tensor) -> Tensor:
-        """(batch, length, d) to (batch, length, d/r), not normed yet: all that checkpointing has to hold."""
-        return self.down(hidden_states)
-
     def normed(self, narrow: Tensor, dtype: torch.dtype) -> Tensor:
-        """Norm of what `narrow` gave, in `dtype`."""
-        return self.norm(narrow.to(dtype))
+        """Norm of what the down-sampler gave, in `dtype`."""
+        return apply_norm(self.norm, narrow.to(dtype))
 
 
 class SideNetwork(nn.Module):
@@ -66,6 +63,7 @@ class SideNetwork(nn.Module):
         heads = side_heads(config, spec, width)
         self.head_dim = width // heads
         self.compute_dtype = None if config.compute_dtype == "auto" else getattr(torch, config.compute_dtype)
+        self.tap_storage = config.tap_storage
         self.embedding_tap = Tap(config, spec, width)
         self.taps = nn.ModuleList(Tap(config, spec, width) for _ in self.layers)
         self.gates = nn.ModuleList(InputGate(config.mixing, width) for _ in self.layers)
@@ -80,7 +78,7 @@ class SideNetwork(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the weights and of the side network's residual stream."""
+        """Dtype of the weights."""
         return self.mix.up_proj.weight.dtype
 
     def train(self, mode: bool = True) -> SideNetwork:
@@ -110,13 +108,18 @@ class SideNetwork(nn.Module):
             )
         return torch.autocast(device_type, dtype=dtype, enabled=dtype.itemsize == 2)
 
-    def start(self, embeddings: Tensor) -> Tensor:
+    def make_tap_storage(self, run_base: RunBase | None) -> TapStorage:
+        """How taps of one pass are held for backward; see `tap_storage`."""
+        downs = [self.embedding_tap.down, *(self._tap(index).down for index in range(len(self.layers)))]
+        return make_tap_storage(self.tap_storage, downs, run_base, self.training and torch.is_grad_enabled())
+
+    def start(self, embeddings: Tensor, taps: TapStorage) -> Tensor:
         """Side state from the embeddings: (batch, length, d) to (batch, length, d/r)."""
         with self.autocast(embeddings):
-            tap = self.embedding_tap
-            return tap.normed(tap.narrow(self._received(embeddings)), self.dtype)
+            narrow = taps.narrow(0, self.embedding_tap.down, self._received(embeddings))
+            return self.embedding_tap.normed(narrow, self._stream_dtype(embeddings))
 
-    def step(self, index: int, hidden_states: Tensor, side: Tensor, inputs: BlockInputs) -> Tensor:
+    def step(self, index: int, hidden_states: Tensor, side: Tensor, inputs: BlockInputs, taps: TapStorage) -> Tensor:
         """Run side block `index`.
 
         Args:
@@ -124,12 +127,14 @@ class SideNetwork(nn.Module):
             hidden_states: The base block's output, (batch, length, d).
             side: State of the side network, (batch, length, d/r).
             inputs: Mask, positions and cache of the base's block.
+            taps: From `make_tap_storage`.
 
         Returns:
             The next state of the side network, (batch, length, d/r).
         """
         with self.autocast(hidden_states):
-            narrow = self._tap(index).narrow(self._received(hidden_states))
+            # All that checkpointing has to hold, beside the side state.
+            narrow = taps.narrow(index + 1, self._tap(index).down, self._received(hidden_states))
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 # Replaying would store keys and values twice; who trains with checkpointing does not generate.
                 inputs = replace(inputs, cache=None)
@@ -138,7 +143,7 @@ class SideNetwork(nn.Module):
             return self._advance(index, narrow, side, inputs)
 
     def _advance(self, index: int, narrow: Tensor, side: Tensor, inputs: BlockInputs) -> Tensor:
-        tap = self._tap(index).normed(narrow, self.dtype)
+        tap = self._tap(index).normed(narrow, side.dtype)
         return self.blocks[index](self.gates[index](tap, side), inputs)
 
     def _tap(self, index: int) -> Tap:
@@ -149,12 +154,17 @@ class SideNetwork(nn.Module):
     def finish(self, base: Tensor, side: Tensor) -> Tensor:
         """Mix the side state (batch, length, d/r) into the base's normed final state (batch, length, d)."""
         with self.autocast(base):
-            return self.mix(base, self.norm(side).to(base.device))
+            return self.mix(base, apply_norm(self.norm, side).to(base.device))
 
     def _received(self, hidden_states: Tensor) -> Tensor:
         """A tap on the side network's device; in its dtype too, unless autocast takes care of that."""
         hidden_states = hidden_states.to(self._device_for(hidden_states))
         return hidden_states if torch.is_autocast_enabled(hidden_states.device.type) else hidden_states.to(self.dtype)
+
+    def _stream_dtype(self, hidden_states: Tensor) -> torch.dtype:
+        """Dtype of the side network's residual stream: what autocast computes in, as in a base of that dtype."""
+        device_type = self._device_for(hidden_states).type
+        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else self.dtype
 
     def _device_for(self, hidden_states: Tensor) -> torch.device:
         """Where the weights are; off-loaded ones come to the hidden states."""

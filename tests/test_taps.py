@@ -1,0 +1,196 @@
+"""What training holds of the base's hidden states: less of it changes no output, and gradients only as it must."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import randomize_side_network, side_parameters, tiny, token_ids
+from peft import PeftModel, get_peft_model
+from test_no_gradient_in_base import saved_for_backward
+from torch import Tensor
+
+from qtuning_peft import SideTuningConfig, fit_projections
+from qtuning_peft.loss import supervised_loss
+from qtuning_peft.side_tuning.base_states import base_states, use_in_next_forward
+from qtuning_peft.side_tuning.downsample import Projection
+from qtuning_peft.side_tuning.tap_storage import Quantized
+
+LEARNED = ("linear", "lora", "adapter")
+
+
+def model_with(family: str = "llama", **config: object) -> PeftModel:
+    model = get_peft_model(tiny(family), SideTuningConfig(r=4, task_type="CAUSAL_LM", **config))
+    randomize_side_network(model)
+    return model.train()
+
+
+def padded_batch() -> dict[str, Tensor]:
+    ids, mask = token_ids(3, 10), torch.ones(3, 10, dtype=torch.long)
+    mask[1, 6:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def gradients(model: PeftModel, **batch: Tensor) -> dict[str, Tensor]:
+    supervised_loss(model, **(batch or padded_batch())).backward()
+    return {name: parameter.grad.clone() for name, parameter in side_parameters(model).items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize("downsample", LEARNED)
+def test_recomputed_taps_give_the_same_gradient(downsample: str, family: str) -> None:
+    full, again = (
+        gradients(model_with(family, downsample=downsample, tap_storage=storage)) for storage in ("full", "recompute")
+    )
+    torch.testing.assert_close(again, full)
+
+
+def test_recomputed_taps_give_the_same_gradient_twice_checkpointed_in_bfloat16_and_for_some_blocks() -> None:
+    results = []
+    for storage in ("full", "recompute"):
+        model = model_with(layers_to_transform=[0, 2], tap_storage=storage)
+        model.gradient_checkpointing_enable()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses = [supervised_loss(model, ids, ids) for ids in (token_ids(2, 8), token_ids(1, 5, seed=7))]
+        # Two passes are waiting for their backward, outside autocast.
+        sum(losses).backward()
+        results.append([p.grad for p in side_parameters(model).values()])
+    # Autocast adds the two passes' gradients up in bfloat16.
+    torch.testing.assert_close(*results, rtol=1e-2, atol=1e-3)
+
+
+def test_recomputed_taps_give_the_same_gradient_from_kept_states() -> None:
+    batch = padded_batch()
+    results = []
+    for storage in ("full", "recompute"):
+        model = model_with(tap_storage=storage)
+        use_in_next_forward(model, base_states(model, batch["input_ids"], attention_mask=batch["attention_mask"]))
+        results.append(gradients(model, **batch))
+    torch.testing.assert_close(*results)
+
+
+def test_the_base_runs_once_more_and_only_in_backward() -> None:
+    model, runs = model_with(tap_storage="recompute"), []
+    model.get_base_model().model.layers[0].register_forward_hook(lambda *_: runs.append(None))
+    loss = supervised_loss(model, token_ids(), token_ids())
+    assert len(runs) == 1
+    loss.backward()
+    assert len(runs) == 2
+    with torch.no_grad():
+        supervised_loss(model, token_ids(), token_ids())
+    assert len(runs) == 3
+
+
+def test_a_cache_that_was_given_cannot_be_recomputed() -> None:
+    model = model_with(tap_storage="recompute")
+    cache = model(token_ids(), use_cache=True).past_key_values
+    loss = model(token_ids(), past_key_values=cache, labels=token_ids(), attention_mask=torch.ones(2, 24)).loss
+    with pytest.raises(RuntimeError, match="tap_storage is recompute"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("downsample", LEARNED)
+@pytest.mark.parametrize(("storage", "error"), [("int8", 0.02), ("int4", 0.2)])
+def test_quantized_taps_change_the_down_samplers_gradient_alone(downsample: str, storage: str, error: float) -> None:
+    full, rounded = (gradients(model_with(downsample=downsample, tap_storage=storage)) for storage in ("full", storage))
+    differ = {name for name in full if not torch.equal(full[name], rounded[name])}
+    first = {name for name in full if name.endswith((".down.weight", ".down.0.weight"))}
+    assert differ == first
+    for name in first:
+        assert (rounded[name] - full[name]).norm() < error * full[name].norm()
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 64), (2, 3, 96), (1, 3, 7)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rounding_is_within_half_a_step(shape: tuple[int, ...], bits: int) -> None:
+    states = torch.randn(shape) * torch.logspace(-6, 3, shape[-1])
+    restored = Quantized.of(states, bits).restore()
+    groups = Quantized.of(states, bits).scales.shape[0]
+    off = (restored - states).reshape(groups, -1).abs().amax(-1)
+    largest = states.reshape(groups, -1).abs().amax(-1)
+    # Half a step, and the scale itself in bfloat16.
+    assert (off <= largest * (0.5 / (2 ** (bits - 1) - 1) + 2**-8)).all()
+    assert torch.equal(Quantized.of(torch.zeros(shape), bits).restore(), torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("config", "held_per_token"),
+    [
+        ({}, 64 * 4),
+        ({"tap_storage": "int8"}, 64 + 2),
+        ({"tap_storage": "int4"}, 32 + 2),
+        ({"tap_storage": "recompute"}, 0),
+        ({"downsample": "projection", "downsample_rank": 8}, 8 * 4),
+    ],
+)
+def test_what_a_tap_holds(config: dict[str, object], held_per_token: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what is held with a pooled tap, which needs nothing."""
+
+    def held(**config: object) -> int:
+        model = get_peft_model(tiny(num_hidden_layers=1), SideTuningConfig(r=4, downsample_norm=False, **config))
+        with saved_for_backward(model.train()) as saved:
+            model.get_base_model().model(token_ids(1, 50), use_cache=False)
+        return sum(t.untyped_storage().nbytes() for t in saved if 50 in t.shape)
+
+    assert held(**config) - held(downsample="avgpool") == 50 * 2 * held_per_token
+
+
+def test_projections_are_frozen_and_travel_with_the_adapter(tmp_path: Path) -> None:
+    model = model_with(downsample="projection", downsample_rank=8)
+    projections = [m.weight for m in model.modules() if isinstance(m, Projection)]
+    assert len(projections) == 4
+    assert not any(name.endswith("down.0.weight") for name in side_parameters(model))
+    fit_projections(model, [{"input_ids": token_ids(8, 20)}], progress=False)
+    for weight in projections:
+        torch.testing.assert_close(weight @ weight.T, torch.eye(8))
+    model.eval().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny(), tmp_path)
+    ids = token_ids(seed=5)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_fitted_projections_keep_more_than_random_ones() -> None:
+    batch = padded_batch()
+    model = model_with(downsample="projection", downsample_rank=8)
+    real = batch["attention_mask"].bool()
+    states = base_states(model, batch["input_ids"], attention_mask=batch["attention_mask"])
+    taps = [states.embeddings, *(tap for _, _, tap in states.blocks)]
+    projections = [m for m in model.modules() if isinstance(m, Projection)]
+
+    def kept() -> list[float]:
+        shares = []
+        for projection, tap in zip(projections, taps, strict=True):
+            centred = tap[real] - tap[real].mean(0)
+            shares.append(float(projection(centred).square().sum() / centred.square().sum()))
+        return shares
+
+    random = kept()
+    said = fit_projections(model, [batch], progress=False)
+    assert kept() == pytest.approx(said, abs=1e-4)
+    assert all(fitted > 2 * before for fitted, before in zip(said, random, strict=True))
+
+
+def test_what_cannot_be_fitted_is_refused() -> None:
+    with pytest.raises(ValueError, match="downsample of the active side network is not projection"):
+        fit_projections(model_with(), [])
+    with pytest.raises(ValueError, match="downsample_rank is 8, but there are 4 tokens"):
+        fit_projections(
+            model_with(downsample="projection", downsample_rank=8), [{"input_ids": token_ids(1, 4)}], progress=False
+        )
+
+
+def test_blocks_share_one_mask() -> None:
+    model = model_with(downsample="avgpool")
+    with saved_for_backward(model) as saved:
+        model.get_base_model().model(
+            token_ids(2, 9), attention_mask=torch.tensor([[0, 0] + [1] * 7, [1] * 9]), use_cache=False
+        )
+    masks = {t.untyped_storage().data_ptr() for t in saved if t.shape[-2:] == (9, 9)}
+    assert len(masks) == 1
+
+
+@pytest.mark.parametrize("downsample", ["avgpool", "maxpool", "projection"])
+def test_storage_of_what_is_not_held_is_refused(downsample: str) -> None:
+    with pytest.raises(ValueError, match="tap_storage is int8"):
+        SideTuningConfig(downsample=downsample, tap_storage="int8")
