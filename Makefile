@@ -1,4 +1,4 @@
-.PHONY: demo test test-axolotl test-swift test-llamafactory test-lm-eval format clean
+.PHONY: demo test test-axolotl test-swift test-llamafactory test-lm-eval bench-cpu bench-gpu bench-docs format clean
 
 demo:  ## install in .venv and run the demo
 	bash scripts/demo.sh
@@ -17,6 +17,29 @@ test-llamafactory:  ## the same for LLaMA-Factory
 
 test-lm-eval:  ## the same for lm-evaluation-harness
 	bash scripts/test_lm_eval.sh
+
+PYTHON ?= .venv/bin/python
+
+bench-cpu:  ## what can be measured without a GPU, in about 20 minutes on 2 idle cores, and docs/benchmarks.md
+	$(PYTHON) -m benchmarks.held
+	$(PYTHON) -m benchmarks.grid cpu --device cpu
+	$(PYTHON) -m benchmarks.curve --minutes 5
+	$(PYTHON) -m benchmarks.generation --device cpu
+	$(PYTHON) -m benchmarks.loss --device cpu
+	$(PYTHON) -m benchmarks.tables
+
+bench-gpu:  ## every GPU grid, in pieces of nine minutes (status 75 means that more is left), and docs/benchmarks.md
+	for grid in table1 memory-table figure4 long step-time; do \
+	    status=75; \
+	    while [ $$status -eq 75 ]; do \
+	        status=0; $(PYTHON) -m benchmarks.grid $$grid --device cuda --minutes 9 || status=$$?; \
+	    done; \
+	done
+	$(PYTHON) -m benchmarks.generation --base llama-2-7b --four-bit --device cuda
+	$(PYTHON) -m benchmarks.tables
+
+bench-docs:  ## docs/benchmarks.md from the rows in benchmarks/results
+	$(PYTHON) -m benchmarks.tables
 
 format:  ## apply the formatter and the linter's fixes
 	.venv/bin/ruff format .
