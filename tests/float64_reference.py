@@ -10,7 +10,7 @@ f the output of the base's final norm, and i(0) < i(1) < ... the tapped blocks:
     h      = mix(f, norm(g_last))
 
     tap(h) = down(h), then a norm if downsample_norm is set: in "reference" a LayerNorm with eps 1e-5, whatever the base
-        linear   W h                      adapter  L2 silu(L1 h)             lora  L2 (L1 h)
+        linear   W h                      adapter  L2 silu(L1 h)             lora, projection  L2 (L1 h)
         maxpool  the maximum and avgpool the mean of each r neighbouring channels
     norm(x) = x / sqrt(mean(x^2) + eps) * weight                                             (RMSNorm)
               (x - mean(x)) / sqrt(var(x) + eps) * weight + bias                             (LayerNorm)
@@ -94,7 +94,7 @@ def down(tensors: Tensors, name: str, h: Array, setup: Setup) -> Array:
     if setup.downsample == "linear":
         return h @ tensors[f"{name}.weight"].T
     inner = h @ tensors[f"{name}.0.weight"].T
-    if setup.downsample == "lora":
+    if setup.downsample in ("lora", "projection"):
         return inner @ tensors[f"{name}.1.weight"].T
     return silu(inner) @ tensors[f"{name}.2.weight"].T
 

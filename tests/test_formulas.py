@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from qtuning_peft import SideTuningConfig
 
 FAMILIES = ("llama", "opt")
-DOWNSAMPLES = ("adapter", "lora", "linear", "maxpool", "avgpool")
+DOWNSAMPLES = ("adapter", "lora", "linear", "projection", "maxpool", "avgpool")
 MIXINGS = ("residual", "paper", "reference")
 TOLERANCE = 1e-9
 FLOAT32_TOLERANCE = 1e-4
@@ -326,8 +326,8 @@ def expected_shapes(family: str, downsample: str, norm: bool, mixing: str) -> di
     for tap in ("embedding_tap", "taps.0", "taps.1"):
         if downsample == "linear":
             shapes |= {f"{tap}.down.weight": (w, d)}
-        elif downsample in ("lora", "adapter"):
-            last = 1 if downsample == "lora" else 2
+        elif downsample in ("lora", "adapter", "projection"):
+            last = 2 if downsample == "adapter" else 1
             shapes |= {f"{tap}.down.0.weight": (rank, d), f"{tap}.down.{last}.weight": (w, rank)}
         if norm:
             shapes |= normed(f"{tap}.norm", bias=not llama or mixing == "reference")

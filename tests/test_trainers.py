@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import side_parameters, tiny
+from conftest import randomize_side_network, side_parameters, tiny, token_ids
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -67,6 +67,18 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         "attention_mask": torch.tensor([[int(i < len(row["input_ids"])) for i in range(width)] for row in rows]),
         "labels": torch.tensor([row["input_ids"] + [-100] * (width - len(row["input_ids"])) for row in rows]),
     }
+
+
+def test_a_compiled_model_gives_the_same_loss_and_gradient() -> None:
+    """With graph breaks; the backend needs no compiler of the machine's."""
+    results = []
+    for compiled in (False, True):
+        model = get_peft_model(tiny(), SideTuningConfig(r=4, task_type="CAUSAL_LM")).train()
+        randomize_side_network(model)
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        loss = run(input_ids=token_ids(), labels=token_ids()).loss
+        results.append((loss, torch.autograd.grad(loss, list(side_parameters(model).values()))))
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize(

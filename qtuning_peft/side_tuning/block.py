@@ -69,6 +69,8 @@ def apply_norm(norm: nn.Module, states: Tensor) -> Tensor:
     """
     if not isinstance(norm, nn.LayerNorm | nn.RMSNorm):
         return norm(states)
+    if not torch.is_autocast_enabled(states.device.type):
+        return norm(states)
     weight = norm.weight.to(states.dtype)
     with torch.autocast(states.device.type, enabled=False):
         if isinstance(norm, nn.LayerNorm):
@@ -104,7 +106,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn pairs of channels by their position; channels beyond the pairs are left alone.
 
     Args:
-        states: (batch, heads, length, head size).
+        states: (..., batch, heads, length, head size).
         cos, sin: (1 or batch, 1, length, pairs).
     """
     half = cos.shape[-1]
@@ -138,9 +140,10 @@ class SideAttention(nn.Module):
         """Attend; `hidden_states` and the result are (batch, length, d/r)."""
         batch, length, width = hidden_states.shape
         qkv = self.qkv_proj(hidden_states).view(batch, length, 3, self.num_heads, self.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, length, head size)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, batch, heads, length, head size)
+        query, key, value = qkv
         if inputs.rotary is not None:
-            query, key = rotate(query, *inputs.rotary), rotate(key, *inputs.rotary)
+            query, key = rotate(qkv[:2], *inputs.rotary)
         if inputs.cache is not None:
             key, value = inputs.cache.update(key, value, inputs.cache_layer)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class ForwardPass:
             masks=self.masks,
             extra={name: arguments[name] for name in ATTENTION_ARGUMENTS if arguments.get(name) is not None},
         )
-        window = next((m.sliding_window for m in block.modules() if getattr(m, "sliding_window", None)), None)
+        window = _sliding_window(block)
         if window is not None:
             inputs.extra["sliding_window"] = window
         return inputs
@@ -174,15 +175,25 @@ class BlockHook:
 
 
 @lru_cache(maxsize=256)
-def _signature(forward: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(forward)
+def _positional(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+# Looked for in every block at every step otherwise, which generation would notice.
+_WINDOWS: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
+
+
+def _sliding_window(block: nn.Module) -> int | None:
+    if block not in _WINDOWS:
+        _WINDOWS[block] = next((m.sliding_window for m in block.modules() if getattr(m, "sliding_window", None)), None)
+    return _WINDOWS[block]
 
 
 def bind(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a block's forward by name, the hidden states first; families pass different ones by position."""
-    bound = _signature(type(block).forward).bind_partial(block, *args, **kwargs).arguments
-    named = {name: value for name, value in bound.items() if name not in ("kwargs", "self")}
-    return named | bound.get("kwargs", {})
+    names = _positional(type(block).forward)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return given if args else {names[0]: given.pop(names[0]), **given}
 
 
 def cache_in(arguments: dict[str, Any]) -> Cache | None:
