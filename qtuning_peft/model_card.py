@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from .training_facts import TrainingFacts, is_hub_name
 
 BEGIN, END = "<!-- qtuning-peft -->", "<!-- end of qtuning-peft -->"
 TAGS = ("qst", "side-tuning", "qtuning-peft")
+LARGEST_CARD = 2**22
 # Followed by the base's name, in a tag of PEFT's.
 BASE_TAG = "base_model:adapter:"
 PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
@@ -83,10 +83,10 @@ def complete(
         facts: How it was trained, in the place of what the card says of it; without them that stays, also where they
             are nothing but metadata.
     """
-    card = ModelCard.load(readme) if readme.is_file() else ModelCard.from_template(ModelCardData())
+    card = load_card(readme) if readme.is_file() else ModelCard.from_template(ModelCardData())
     task = str(getattr(config.task_type, "value", config.task_type) or "")
     base = config.base_model_name_or_path
-    _describe(card.data, base, task, {*(card.data.tags or []), *tags, *TAGS})
+    _describe(card.data, base, task, {*_listed(card.data.tags), *tags, *TAGS})
     settings = {
         name: getattr(value, "value", value)
         for name, value in sorted(config.to_dict().items())
@@ -112,16 +112,35 @@ def complete(
     if card.data.eval_results:
         # Axolotl names a model by the folder it writes to.
         name = card.data.model_name
-        card.data.model_name = (adapter if name in (None, "ADAPTER") else name).split("/")[-1]
+        card.data.model_name = (adapter if name in (None, "ADAPTER") else str(name)).split("/")[-1]
     card.text = text.replace(PIPELINE, PIPELINE_WITH_IMPORT)
     with replacing(readme) as unfinished:
         unfinished.write_text(str(card), encoding="utf-8")
 
 
+def load_card(readme: Path) -> Any:
+    """Read a card.
+
+    Raises:
+        ValueError: when it is larger than any card, or its metadata cannot be read.
+    """
+    if readme.stat().st_size > LARGEST_CARD:
+        raise ValueError(f"{readme} is larger than {LARGEST_CARD} bytes, and no card that is read here.")
+    try:
+        return ModelCard.load(readme)
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{readme} has metadata that cannot be read ({reason}); correct what is between ---."
+        ) from error
+
+
 def _parts(text: str, begin: str, end: str) -> tuple[str, str, str]:
     """What stands before a section, the section, and what stands after it."""
-    found = re.search(f"{re.escape(begin)}.*?{re.escape(end)}", text, re.DOTALL)
-    return (text[: found.start()], found[0], text[found.end() :]) if found else (text, "", "")
+    # Not a regular expression, which would look for the end once for every beginning.
+    start = text.find(begin)
+    stop = text.find(end, start) + len(end)
+    return (text[:start], text[start:stop], text[stop:]) if start >= 0 and stop >= len(end) else (text, "", "")
 
 
 def _describe(data: Any, base: str | None, task: str, tags: set[str]) -> None:
@@ -153,8 +172,9 @@ def _describe_training(data: Any, facts: TrainingFacts, former: str) -> None:
     data.eval_results = [*results, *facts.results] or None
 
 
-def _listed(value: str | list[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else value or []
+def _listed(value: object) -> list[str]:
+    # A card may hold anything.
+    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
 
 
 def complete_cards() -> None:
@@ -165,10 +185,10 @@ def complete_cards() -> None:
         config = model.active_peft_config
         readme = Path(folder) / "README.md"
         # PEFT replaces them by its own.
-        tags = ModelCard.load(readme).data.tags if readme.is_file() else None
+        tags = _listed(load_card(readme).data.tags) if readme.is_file() else ()
         create(model, os.fspath(folder))
         if isinstance(config, SideTuningConfig):
-            complete(readme, config, tags or (), facts=getattr(model, "training_facts", None), **adapter)
+            complete(readme, config, tags, facts=getattr(model, "training_facts", None), **adapter)
 
     @functools.wraps(create)
     def create_or_update_model_card(self: PeftModel, output_dir: str | os.PathLike[str]) -> None:

@@ -8,25 +8,35 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
+from datetime import date
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from .atomic import replacing
-from .model_card import complete
+from .model_card import complete, load_card
 from .side_tuning import SideTuningConfig
-from .training_facts import TrainingFacts, cells_of, read_section
+from .training_facts import TrainingFacts, cells_of, is_hub_name, read_section
 
 SHARED = (
-    "README.md", "adapter_config.json", SAFETENSORS_WEIGHTS_NAME, "tokenizer*", "special_tokens_map.json",
-    "chat_template.jinja", "eu_report.html",
+    "README.md", CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "chat_template.jinja", "special_tokens_map.json",
+    # Not `tokenizer*`: the Hub's patterns reach into folders, and a pickle may be called anything.
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 )  # fmt: skip
+# Rows of `describe` that a card cannot have a say in.
+NOT_THE_CARDS = {
+    "base model", "shape of the base", "settings", "parameters", "size", "input gates", "training data", "language",
+    "licence",
+}  # fmt: skip
+LARGEST_LIST = 16
+LARGEST_CELL = 200
 
 
 def push(
@@ -57,6 +67,16 @@ def push(
     config = read_config(folder)
     if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; save the adapter with save_pretrained() first.")
+    for name in facts.datasets if facts else ():
+        if not is_hub_name(name):
+            raise ValueError(f"{name} is no data set's name on the Hub, or a folder here; give it as user/name.")
+    base = config.base_model_name_or_path
+    if base and not is_hub_name(base):
+        warnings.warn(
+            f"The adapter says that its base is {base}, a folder which others do not have and will see the name of; "
+            "set base_model_name_or_path in adapter_config.json to the base's name on the Hub and push again.",
+            stacklevel=2,
+        )
     complete(folder / "README.md", config, adapter=repo, facts=facts)
     api = HfApi()
     repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
@@ -85,6 +105,9 @@ def pull(repo: str, folder: Path, revision: str | None = None) -> SideTuningConf
     with replacing(folder) as unfinished:
         snapshot_download(repo, revision=revision, local_dir=unfinished, allow_patterns=list(SHARED))
         shutil.rmtree(unfinished / ".cache", ignore_errors=True)
+        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+            if not (unfinished / name).is_file():
+                raise ValueError(f"{repo} has no {name}, so it is no adapter that can be loaded; name another.")
         config = read_config(unfinished, repo)
         if folder.is_dir():
             folder.rmdir()
@@ -97,7 +120,14 @@ def read_config(adapter: Path | str, name: str | None = None, revision: str | No
     Raises:
         ValueError: when there is none.
     """
-    config = PeftConfig.from_pretrained(os.fspath(adapter), **({"revision": revision} if revision else {}))
+    try:
+        config = PeftConfig.from_pretrained(os.fspath(adapter), **({"revision": revision} if revision else {}))
+    except (LookupError, TypeError, AttributeError) as error:
+        # PEFT's words for a method that it does not know.
+        raise ValueError(
+            f"{name or adapter} has an {CONFIG_NAME} that this PEFT cannot read ({error!r:.200}); upgrade PEFT, or "
+            "name another adapter."
+        ) from error
     if not isinstance(config, SideTuningConfig):
         method = getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(f"{name or adapter} is an adapter of the method {method}, not a side network.")
@@ -120,6 +150,8 @@ def describe(adapter: str, revision: str | None = None) -> Iterator[tuple[str, s
     settings = ("r", "downsample", "mixing", "layers_to_transform", "num_side_heads", "task_type")
     yield "settings", ", ".join(f"{name} {getattr(config, name)}" for name in settings if getattr(config, name))
     file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        raise ValueError(f"{adapter} has no {SAFETENSORS_WEIGHTS_NAME}, so it is no adapter that can be loaded.")
     with safe_open(file, framework="pt") as tensors:
         keys = list(tensors.keys())
         yield "parameters", f"{sum(prod(tensors.get_slice(key).get_shape()) for key in keys):,}"
@@ -134,15 +166,20 @@ def describe(adapter: str, revision: str | None = None) -> Iterator[tuple[str, s
             ),
         )
     if (folder / "README.md").is_file():
-        card = ModelCard.load(folder / "README.md")
-        yield from _of_metadata(card.data)
-        yield from ((name, value) for name, value in read_section(card.text) if name != "training data")
+        try:
+            card = load_card(folder / "README.md")
+            rows = [row for row in read_section(card.text) if row[0] not in NOT_THE_CARDS]
+            told = [*_of_metadata(card.data), *rows]
+        except (ValueError, TypeError, AttributeError) as error:
+            told = [("card", f"cannot be shown: {error}")]
+        yield from ((name[:LARGEST_CELL], value[:LARGEST_CELL]) for name, value in told)
 
 
 def _of_metadata(data: Any) -> Iterator[tuple[str, str]]:
     for name, value in (("training data", data.datasets), ("language", data.language), ("licence", data.license)):
         if value:
-            yield name, ", ".join([value] if isinstance(value, str) else value)
-    for result in data.eval_results or []:
+            listed = value if isinstance(value, list) else [value]
+            yield name, ", ".join(str(v) for v in listed[:LARGEST_LIST] if isinstance(v, (str, int, float, date)))
+    for result in (data.eval_results or [])[:LARGEST_LIST]:
         dataset, metric, value = cells_of(result)
         yield f"{metric} on {dataset}", value

@@ -17,6 +17,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 BEGIN, END = "<!-- training facts of qtuning-peft -->", "<!-- end of training facts of qtuning-peft -->"
+# Rows that are read of a card; we write fewer.
+LARGEST_TABLE = 32
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,13 @@ class TrainingFacts:
 
 def read_section(text: str) -> Iterator[tuple[str, str]]:
     """Names and values in the first table of a card's section on training."""
-    section = text.partition(BEGIN)[2].partition(END)[0].partition("## Evaluation")[0].partition("## Recipe")[0]
-    for name, value in re.findall(r"^\| (\w.*?) \| (.+) \|$", section, re.MULTILINE):
-        yield name, value.replace("\\|", "|").replace("`", "")
+    section, end, _ = text.partition(BEGIN)[2].partition(END)
+    table = section.partition("## Evaluation")[0].partition("## Recipe")[0]
+    lines = [line for line in table.splitlines() if line.startswith("| ") and line.endswith(" |")] if end else []
+    for line in lines[:LARGEST_TABLE]:
+        name, _, value = line[2:-2].partition(" | ")
+        if re.match(r"\w", name) and value:
+            yield name, value.replace("\\|", "|").replace("`", "")
 
 
 def cells_of(result: EvalResult) -> tuple[str, str, str]:

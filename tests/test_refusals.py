@@ -36,7 +36,10 @@ from qtuning_peft import SideTuningConfig
         ({"r": 2.5}, "r is 2.5;"),
         ({"r": True}, "r is True;"),
         ({"r": "8"}, "r is '8';"),
-        ({"downsample": "conv"}, "downsample is 'conv'; choose one of adapter, lora, linear, projection, maxpool, avgpool"),
+        (
+            {"downsample": "conv"},
+            "downsample is 'conv'; choose one of adapter, lora, linear, projection, maxpool, avgpool",
+        ),
         ({"downsample_rank": 0}, "downsample_rank is 0;"),
         ({"mixing": "lst"}, "mixing is 'lst'; choose one of residual, paper, reference"),
         ({"compute_dtype": "int8"}, "compute_dtype is 'int8';"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
@@ -47,19 +48,25 @@ MaxRepetition = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed for what is drawn.")]
 
 
+def printable(value: object) -> str:
+    """`value` as text that commands neither rich nor the terminal, whoever wrote it."""
+    return escape("".join(letter if letter.isprintable() or letter == "\n" else " " for letter in str(value)))
+
+
 @contextmanager
 def one_sentence() -> Iterator[None]:
     """Show an error that a user can cause as its sentence, and warnings without their source."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, category, *_: (
-            console.print(f"[yellow]Note:[/] {escape(str(message))}", highlight=False)
+            console.print(f"[yellow]Note:[/] {printable(message)}", highlight=False)
             if category is UserWarning
             else None
         )
         try:
             yield
-        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-            console.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False)
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, HTTPError) as error:
+            # An error of the connection is an HTTPError alone.
+            console.print(f"[bold red]Error:[/] {printable(error)}", highlight=False)
             raise typer.Exit(1) from error
 
 

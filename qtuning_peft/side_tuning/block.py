@@ -94,12 +94,13 @@ def narrow_rotary(cos: Tensor, sin: Tensor, head_dim: int) -> tuple[Tensor, Tens
         head_dim: Head size n.
 
     Returns:
-        Cosine and sine, each (1 or batch, 1, length, n/2 or, if that is less, the number of frequencies).
+        Cosine and sine as `rotate` takes them, each (1 or batch, 1, length, n or, if that is less, the rotary size).
     """
     frequencies = cos.shape[-1] // 2
     half = min(head_dim // 2, frequencies)
     index = torch.arange(half, device=cos.device) * frequencies // half
-    return cos[..., index].unsqueeze(1), sin[..., index].unsqueeze(1)
+    cos, sin = cos[..., index].unsqueeze(1), sin[..., index].unsqueeze(1)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -107,12 +108,14 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         states: (..., batch, heads, length, head size).
-        cos, sin: (1 or batch, 1, length, pairs).
+        cos: (1 or batch, 1, length, turned channels), the pairs' first halves and then their second ones.
+        sin: The same, negative for the first halves.
     """
-    half = cos.shape[-1]
-    cos, sin = cos.to(states.dtype), sin.to(states.dtype)
-    first, second, rest = states.split([half, half, states.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+    size = cos.shape[-1]
+    turned = states[..., :size]
+    # Few operations: in generation, starting them is what takes time.
+    turned = torch.addcmul(turned * cos, turned.roll(size // 2, dims=-1), sin)
+    return turned if size == states.shape[-1] else torch.cat([turned, states[..., size:]], dim=-1)
 
 
 class SideAttention(nn.Module):
@@ -143,7 +146,7 @@ class SideAttention(nn.Module):
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, batch, heads, length, head size)
         query, key, value = qkv
         if inputs.rotary is not None:
-            query, key = rotate(qkv[:2], *inputs.rotary)
+            query, key = rotate(qkv[:2], *(values.to(qkv.dtype) for values in inputs.rotary))
         if inputs.cache is not None:
             key, value = inputs.cache.update(key, value, inputs.cache_layer)
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..eu_plane.commands import console, one_sentence
+from ..eu_plane.commands import console, one_sentence, printable
 
 
 def convert(
@@ -27,7 +27,8 @@ def convert(
 
         config = convert_checkpoint(folder, base, output)
         console.print(
-            f"r {config.r}, {config.base_num_layers} side blocks with {config.num_side_heads} heads: {output}",
+            f"r {config.r}, {config.base_num_layers} side blocks with {config.num_side_heads} heads: "
+            f"{printable(output)}",
             highlight=False,
         )
 
@@ -51,7 +52,7 @@ def push(
 
         facts = TrainingFacts(datasets=tuple(dataset or ()), language=tuple(language or ()), license=license)
         address = upload(folder, repo, private=private, revision=revision, message=message, facts=facts)
-        console.print(address, highlight=False)
+        console.print(printable(address), highlight=False)
 
 
 def pull(
@@ -64,7 +65,7 @@ def pull(
         from ..sharing import pull as download
 
         config = download(repo, output, revision)
-        console.print(f"a side network for {config.base_model_name_or_path}: {output}", highlight=False)
+        console.print(printable(f"a side network for {config.base_model_name_or_path}: {output}"), highlight=False)
 
 
 def info(

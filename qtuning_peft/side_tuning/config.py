@@ -205,6 +205,9 @@ class SideTuningConfig(PeftConfig):
         config: PeftConfig = super().from_pretrained(folder, subfolder, **kwargs)
         if isinstance(config, SideTuningConfig):
             config.origin = Origin(folder, subfolder, cls._split_kwargs(kwargs)[0])
+            if isinstance(config.target_modules, str):
+                # PEFT would run a stranger's regular expression, before the tuner fills in the path of the norm.
+                config.target_modules = None
         return config
 
     def _check_bool(self, name: str) -> None:
