@@ -185,7 +185,8 @@ _WINDOWS: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
 
 def _sliding_window(block: nn.Module) -> int | None:
     if block not in _WINDOWS:
-        _WINDOWS[block] = next((m.sliding_window for m in block.modules() if getattr(m, "sliding_window", None)), None)
+        found: Any = (getattr(module, "sliding_window", None) for module in block.modules())
+        _WINDOWS[block] = next(filter(None, found), None)
     return _WINDOWS[block]
 
 
