@@ -21,7 +21,7 @@ test-lm-eval:  ## the same for lm-evaluation-harness
 PYTHON ?= .venv/bin/python
 
 bench-cpu:  ## what can be measured without a GPU, in about 20 minutes on 2 idle cores, and docs/benchmarks.md
-	$(PYTHON) -m benchmarks.held
+	$(PYTHON) -m benchmarks.held --base llama-3-8b
 	$(PYTHON) -m benchmarks.grid cpu --device cpu
 	$(PYTHON) -m benchmarks.curve --minutes 5
 	$(PYTHON) -m benchmarks.generation --device cpu

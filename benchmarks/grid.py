@@ -27,7 +27,10 @@ from benchmarks.common import HERE, environment
 
 TIME_IS_UP = 75  # "temporary failure, try again" of sysexits.h
 ALL = tuple(name for name in methods.METHODS if name != "lora-checkpointed")
-ON_CPU = ("side", "side-lean", "lora", "qlora", "qlora-checkpointed", "full")
+ON_CPU = (
+    "side", "side-int8", "side-int4", "side-recompute", "side-projection", "side-lean", "lora", "qlora",
+    "qlora-checkpointed", "full",
+)  # fmt: skip
 LONG = ("side-lean", "side-projection", "side-recompute", "side", "qlora-checkpointed", "qlora-lean")
 FOUR_BIT = tuple(name for name in ALL if methods.METHODS[name].four_bit)
 
@@ -72,7 +75,7 @@ GRIDS = {
     ),
     "long": _runs(("llama-3-8b", "qwen3-8b"), LONG, tuple((1, 1024 * k) for k in (8, 16, 32, 64, 128)), steps=5),
     "step-time": _runs(("llama-3-8b",), ALL, ((1, 8192), (16, 512))),
-    "cpu": _runs(("smollm2-135m",), ON_CPU, ((4, 256),), steps=5),
+    "cpu": _runs(("smollm2-135m",), ON_CPU, ((4, 256),), steps=3),
     "tiny": _runs(("tiny",), ("side", "qlora"), ((2, 16), (2, 32)), steps=2),
 }
 
