@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import grid, rows
+from benchmarks import asked, grid, rows
 from benchmarks.common import HERE, markdown
 
 Row = dict[str, Any]
@@ -71,14 +71,15 @@ def peak(row: Row) -> int:
     return row["peak_allocated"] if "peak_allocated" in row else row["peak_resident"]
 
 
-def step_line(row: Row) -> list[str]:
+def step_line(row: Row, columns: int) -> list[str]:
     """One line of a table of steps."""
     start = [row["base"], row["method"], f"{row['batch']} x {row['length']}"]
     if row["out_of_memory"]:
-        return [*start, "out of memory", *["-"] * 7]
+        return [*start, "out of memory", *["-"] * (columns - 4)]
     time = row["step_seconds"]
     return [
-        *start, gib(peak(row)), gib(row["peak_reserved"]) if "peak_reserved" in row else "-", gib(row["weight_bytes"]),
+        *start, gib(peak(row)), *([gib(row["peak_reserved"])] if "peak_reserved" in row else []),
+        gib(row["weight_bytes"]),
         f"{time['median']:.3f} ({time['quartile_1']:.3f} to {time['quartile_3']:.3f})",
         f"{row['step_over_forward']:.2f}", f"{row['tokens_per_second']:.0f}",
         f"{row['trained_parameters'] / 1e6:.2f}", f"{row['adapter_bytes'] / 2**20:.1f}",
@@ -88,13 +89,20 @@ def step_line(row: Row) -> list[str]:
 def step_tables(name: str, images: Path, plotted: bool = False) -> str:
     """Tables of one grid, and a plot where sizes grow."""
     command = f"python -m benchmarks.grid {name}"
-    header = [
-        "base", "method", "batch", "peak memory, GiB", "reserved, GiB", "weights, GiB", "step, s (quartiles)",
-        "step / base forward", "tokens/s", "trained, million", "adapter, MiB",
-    ]  # fmt: skip
+    start = ["base", "method", "batch", "peak memory, GiB"]
+    rest = [
+        "weights, GiB",
+        "step, s (quartiles)",
+        "step / base forward",
+        "tokens/s",
+        "trained, million",
+        "adapter, MiB",
+    ]
     parts = []
     for number, found in enumerate(step_rows(name)):
-        parts += [markdown(header, [step_line(row) for row in found]), source(found, command)]
+        # A CPU has no pool of memory beside what is allocated.
+        header = [*start, *(["reserved, GiB"] if any("peak_reserved" in row for row in found) else []), *rest]
+        parts += [markdown(header, [step_line(row, len(header)) for row in found]), source(found, command)]
         if plotted:
             file = images / f"{name}{f'-{number + 1}' if number else ''}.svg"
             lines: dict[str, list[tuple[float, float]]] = {}
@@ -204,6 +212,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "step-time": lambda images: step_tables("step-time", images),
     "cpu": lambda images: step_tables("cpu", images),
     "tiny": lambda images: step_tables("tiny", images),
+    "asked": lambda images: asked.table(),
     "held": held_table,
     "loss": loss_table,
     "curve": curve_table,

@@ -90,7 +90,7 @@ def test_out_of_memory_is_a_row_and_ends_the_chain(monkeypatch: pytest.MonkeyPat
     assert grid.too_large(tiny("qlora", length=64), grid.done())
     assert not grid.too_large(tiny("qlora", length=16), grid.done())
     assert not grid.too_large(tiny("side", length=64), grid.done())
-    assert tables.step_line(row)[3] == "out of memory"
+    assert tables.step_line(row, 11)[3] == "out of memory"
 
 
 def test_a_cpu_without_memory_is_out_of_memory_too() -> None:
