@@ -38,7 +38,7 @@ class Asked:
             return [self.what, asked, "not measured"]
         best = (max if self.at_least else min)(value for name, value in found if name in OURS)
         met = best >= self.limit if self.at_least else best <= self.limit
-        told = ", ".join(f"{value:.3g} (`{name}`)" for name, value in found)
+        told = ", ".join(f"{value:.0f} (`{n}`)" if value >= 100 else f"{value:.3g} (`{n}`)" for n, value in found)
         return [self.what, asked, told if met else f"**missed**: {told}"]
 
 
