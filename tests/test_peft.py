@@ -241,8 +241,9 @@ def test_compiled_and_pickled_models_compute_the_same(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(torch.compile(model, backend="eager")), logits(model))
 
 
-def test_off_loaded_weights_compute_the_same() -> None:
-    model = get_peft_model(tiny(), SideTuningConfig(task_type="CAUSAL_LM")).eval()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_off_loaded_weights_compute_the_same(dtype: torch.dtype) -> None:
+    model = get_peft_model(tiny().to(dtype), SideTuningConfig(task_type="CAUSAL_LM")).eval()
     randomize_side_network(model)
     expected = logits(model)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))

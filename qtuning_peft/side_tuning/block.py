@@ -56,26 +56,37 @@ class BlockInputs:
         return self.masks[key][1]
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm in the dtype of its input.
+
+    Autocast would widen the input to float32 and hold that for backward, though the kernels sum in float32 anyway.
+    """
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Norm `states` (..., width)."""
+        if not torch.is_autocast_enabled(states.device.type):
+            return super().forward(states)
+        with torch.autocast(states.device.type, enabled=False):
+            return F.layer_norm(
+                states, self.normalized_shape, self.weight.to(states.dtype), self.bias.to(states.dtype), self.eps
+            )
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm in the dtype of its input; see `LayerNorm`."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Norm `states` (..., width)."""
+        if not torch.is_autocast_enabled(states.device.type):
+            return super().forward(states)
+        with torch.autocast(states.device.type, enabled=False):
+            return F.rms_norm(states, self.normalized_shape, self.weight.to(states.dtype), self.eps)
+
+
 def make_norm(spec: DecoderSpec, width: int) -> nn.Module:
     """A norm of the base's kind: LayerNorm where the base centers, RMSNorm where it does not."""
-    kind = nn.LayerNorm if spec.centered_norm else nn.RMSNorm
+    kind = LayerNorm if spec.centered_norm else RMSNorm
     return kind(width, eps=spec.norm_eps, dtype=torch.float32)
-
-
-def apply_norm(norm: nn.Module, states: Tensor) -> Tensor:
-    """`norm` of `states` (..., width), in their dtype.
-
-    Autocast would widen the states to float32 and hold that for backward, though the kernels sum in float32 anyway.
-    """
-    if not isinstance(norm, nn.LayerNorm | nn.RMSNorm):
-        return norm(states)
-    if not torch.is_autocast_enabled(states.device.type):
-        return norm(states)
-    weight = norm.weight.to(states.dtype)
-    with torch.autocast(states.device.type, enabled=False):
-        if isinstance(norm, nn.LayerNorm):
-            return F.layer_norm(states, norm.normalized_shape, weight, norm.bias.to(states.dtype), norm.eps)
-        return F.rms_norm(states, norm.normalized_shape, weight, norm.eps)
 
 
 def default_num_heads(width: int) -> int:
@@ -230,6 +241,6 @@ class SideBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, inputs: BlockInputs) -> Tensor:
         """One block; `hidden_states` and the result are (batch, length, d/r)."""
-        attended = self.attention(apply_norm(self.attention_norm, hidden_states), inputs)
+        attended = self.attention(self.attention_norm(hidden_states), inputs)
         hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(self.mlp(apply_norm(self.mlp_norm, hidden_states)))
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))

@@ -126,7 +126,9 @@ class DecoderForward:
 
     def _again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RunBase:
         """Runs the base over the same input once more, under the autocast of now."""
-        device_type = self.layer.base_device().type
+        given_tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        # Not of the weights: off-loaded ones are nowhere.
+        device_type = next(given_tensors, torch.empty(0)).device.type
         cache = kwargs.get("past_key_values")
         continued = isinstance(cache, Cache) and cache.get_seq_length() > 0
         autocast = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)

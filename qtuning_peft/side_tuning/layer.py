@@ -282,10 +282,9 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         if adapter_name in self.qst_side_network:
             network = self.qst_side_network[adapter_name]
             if not any(parameter.is_meta for parameter in network.parameters()):
-                network.to(device or self.base_device())
+                network.to(device or self._base_device())
 
-    def base_device(self) -> torch.device:
-        """Where the end of the base is."""
+    def _base_device(self) -> torch.device:
         # A norm need not have weights.
         parameters = [*self.base_layer.parameters(), *self._last_block[0].parameters()]
         return parameters[0].device

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .block import BlockInputs, SideBlock, apply_norm, default_num_heads, make_norm
+from .block import BlockInputs, LayerNorm, SideBlock, default_num_heads, make_norm
 from .config import SideTuningConfig
 from .decoder import DecoderSpec
 from .downsample import make_downsample
@@ -35,11 +35,11 @@ class Tap(nn.Module):
     @staticmethod
     def _make_norm(config: SideTuningConfig, spec: DecoderSpec, width: int) -> nn.Module:
         # The authors' code has a LayerNorm here whatever norm the base has.
-        return nn.LayerNorm(width, dtype=torch.float32) if config.mixing == "reference" else make_norm(spec, width)
+        return LayerNorm(width, dtype=torch.float32) if config.mixing == "reference" else make_norm(spec, width)
 
     def normed(self, narrow: Tensor, dtype: torch.dtype) -> Tensor:
         """Norm of what the down-sampler gave, in `dtype`."""
-        return apply_norm(self.norm, narrow.to(dtype))
+        return self.norm(narrow.to(dtype))
 
 
 class SideNetwork(nn.Module):
@@ -154,7 +154,7 @@ class SideNetwork(nn.Module):
     def finish(self, base: Tensor, side: Tensor) -> Tensor:
         """Mix the side state (batch, length, d/r) into the base's normed final state (batch, length, d)."""
         with self.autocast(base):
-            return self.mix(base, apply_norm(self.norm, side).to(base.device))
+            return self.mix(base, self.norm(side).to(base.device))
 
     def _received(self, hidden_states: Tensor) -> Tensor:
         """A tap on the side network's device; in its dtype too, unless autocast takes care of that."""
