@@ -23,9 +23,9 @@ PYTHON ?= .venv/bin/python
 bench-cpu:  ## what can be measured without a GPU, in about 20 minutes on 2 idle cores, and docs/benchmarks.md
 	$(PYTHON) -m benchmarks.held --base llama-3-8b
 	$(PYTHON) -m benchmarks.grid cpu --device cpu
-	$(PYTHON) -m benchmarks.curve --minutes 6 --test-rows 16 --evaluate-every 6
+	$(PYTHON) -m benchmarks.curve --minutes 5 --test-rows 16 --evaluate-every 6
 	$(PYTHON) -m benchmarks.generation --device cpu
-	$(PYTHON) -m benchmarks.loss --device cpu --repeats 3
+	$(PYTHON) -m benchmarks.loss --device cpu --repeats 2
 	$(PYTHON) -m benchmarks.tables
 
 bench-gpu:  ## every GPU grid, in pieces of nine minutes (status 75 means that more is left), and docs/benchmarks.md
