@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from benchmarks import rows
 from benchmarks.common import markdown
+from benchmarks.rows import Row, peak
 
-Row = dict[str, Any]
 OURS = ("side", "side-projection", "side-lean")
 Values = Iterator[tuple[str, float]]
 
@@ -42,22 +41,22 @@ class Asked:
         return [self.what, asked, told if met else f"**missed**: {told}"]
 
 
-def peak(row: Row) -> float:
-    """Bytes at the peak."""
-    return float(row.get("peak_allocated") or row["peak_resident"])
-
-
 def step_seconds(row: Row) -> float:
     """Of a step."""
     return float(row["step_seconds"]["median"])
+
+
+def steps_of(base: str, batch: int, length: int) -> list[Row]:
+    """Rows of this size that memory sufficed for, oldest first."""
+    size = {"base": base, "batch": batch, "length": length, "out_of_memory": False}
+    return [row for row in rows.read("steps") if all(row[name] == size[name] for name in size)]
 
 
 def against(other: str, value: Callable[[Row], float], base: str, batch: int, length: int) -> Callable[[], Values]:
     """Our `value` over another method's, on the machine of its last row."""
 
     def values() -> Values:
-        size = {"base": base, "batch": batch, "length": length, "out_of_memory": False}
-        fitting = [row for row in rows.read("steps") if all(row[name] == size[name] for name in size)]
+        fitting = steps_of(base, batch, length)
         theirs = [row for row in fitting if row["method"] == other]
         if theirs:
             machine = theirs[-1]["environment"]["device"]
@@ -71,9 +70,7 @@ def over_forward(base: str, batch: int, length: int) -> Callable[[], Values]:
     """Our step over the base's own forward pass and loss."""
 
     def values() -> Values:
-        size = {"base": base, "batch": batch, "length": length, "out_of_memory": False}
-        fitting = [row for row in rows.read("steps") if all(row[name] == size[name] for name in size)]
-        mine = {row["method"]: row for row in fitting}
+        mine = {row["method"]: row for row in steps_of(base, batch, length)}
         yield from ((name, mine[name]["step_over_forward"]) for name in OURS if name in mine)
 
     return values

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtuning_peft.demo.evaluate import load_base, quiet
 from qtuning_peft.demo.smollm2 import prepare_checkpoint
+from qtuning_peft.training_facts import processor
 
 HERE = Path(__file__).parent
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -45,17 +46,6 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
     }
-
-
-def processor() -> str:
-    """The CPU's name."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.is_file()
-        else []
-    )
-    return names[0] if names else platform.processor()
 
 
 def save(name: str, rows: list[dict[str, Any]]) -> Path:

@@ -49,6 +49,11 @@ def read(name: str) -> list[Row]:
     return rows
 
 
+def peak(row: Row) -> int:
+    """Bytes at the peak of a step, of the GPU or of the process."""
+    return int(row["peak_allocated"] if "peak_allocated" in row else row["peak_resident"])
+
+
 def provenance() -> Row:
     """Command, commit, date, machine and versions."""
     return {

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import resource
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -26,6 +24,7 @@ from torch import Tensor
 
 from benchmarks import bases, methods, rows
 from qtuning_peft.loss import IGNORE_INDEX, supervised_loss
+from qtuning_peft.training_facts import peak_resident
 
 WARM_UP = 2
 
@@ -107,8 +106,7 @@ class Memory:
         if status.is_file():
             line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
             return {"peak_resident": int(line.split()[1]) * 1024}
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return {"peak_resident": resident if sys.platform == "darwin" else resident * 1024}
+        return {"peak_resident": peak_resident() or 0}
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -16,8 +16,8 @@ from typing import Any
 
 from benchmarks import asked, grid, rows
 from benchmarks.common import HERE, markdown
+from benchmarks.rows import Row
 
-Row = dict[str, Any]
 DOCUMENT = HERE.parent / "docs" / "benchmarks.md"
 VERSIONS = ("python", "torch", "transformers", "peft", "bitsandbytes")
 
@@ -66,11 +66,6 @@ def step_rows(name: str) -> list[list[Row]]:
     return [sorted(newest(mine, grid.key_of), key=lambda row: place[grid.key_of(row)]) for mine in by_machine(found)]
 
 
-def peak(row: Row) -> int:
-    """Bytes at the peak, of the GPU or of the process."""
-    return row["peak_allocated"] if "peak_allocated" in row else row["peak_resident"]
-
-
 def step_line(row: Row, columns: int) -> list[str]:
     """One line of a table of steps."""
     start = [row["base"], row["method"], f"{row['batch']} x {row['length']}"]
@@ -78,7 +73,7 @@ def step_line(row: Row, columns: int) -> list[str]:
         return [*start, "out of memory", *["-"] * (columns - 4)]
     time = row["step_seconds"]
     return [
-        *start, gib(peak(row)), *([gib(row["peak_reserved"])] if "peak_reserved" in row else []),
+        *start, gib(rows.peak(row)), *([gib(row["peak_reserved"])] if "peak_reserved" in row else []),
         gib(row["weight_bytes"]),
         f"{time['median']:.3f} ({time['quartile_1']:.3f} to {time['quartile_3']:.3f})",
         f"{row['step_over_forward']:.2f}", f"{row['tokens_per_second']:.0f}",
@@ -109,7 +104,7 @@ def step_tables(name: str, images: Path, plotted: bool = False) -> str:
             for row in found:
                 if not row["out_of_memory"]:
                     label = f"{row['base']} {row['method']}"
-                    lines.setdefault(label, []).append((row["batch"] * row["length"], peak(row) / 2**30))
+                    lines.setdefault(label, []).append((row["batch"] * row["length"], rows.peak(row) / 2**30))
             parts.append(plot(file, lines, "tokens in a batch", "peak memory, GiB", logarithmic=True))
     return "\n\n".join(parts) or not_measured(command)
 

@@ -45,6 +45,12 @@ def is_causal(model: nn.Module) -> bool:
     return head is not None and getattr(model, "get_decoder", lambda: None)() not in (None, model)
 
 
+def positions_at_once(base: Any, elements: int) -> int:
+    """How many positions' logits are at most `elements` numbers; at least one."""
+    vocabulary: int = base.get_output_embeddings().weight.shape[0]
+    return max(1, elements // vocabulary)
+
+
 def head_of(base: Any, output: Any) -> Callable[[Tensor], Tensor]:
     """The model behind its decoder as a function: hidden states (tokens, d) to logits (tokens, vocabulary).
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .head import causal_model, head_of
+from .head import causal_model, head_of, positions_at_once
 
 IGNORE_INDEX = -100
 # Logits of a piece: with their softmax and gradient, about half a gigabyte in float32 and a few hundred tokens.
@@ -45,13 +45,26 @@ def supervised_loss(
     """
     base = causal_model(model)
     output = base.get_decoder()(input_ids=input_ids, use_cache=False, **inputs)
-    targets = labels[:, 1:].to(output.last_hidden_state.device)
-    supervised = targets != IGNORE_INDEX
-    hidden_states, targets = output.last_hidden_state[:, :-1][supervised], targets[supervised]  # (tokens, d), (tokens,)
+    hidden_states, targets = supervised_positions(output.last_hidden_state, labels)
     frozen = not any(parameter.requires_grad for parameter in base.get_output_embeddings().parameters())
-    piece = max(1, PIECE_ELEMENTS // base.get_output_embeddings().weight.shape[0])
+    piece = positions_at_once(base, PIECE_ELEMENTS)
     total = summed_loss(head_of(base, output), hidden_states, targets, piece, frozen)
-    return total / (num_items if num_items is not None else supervised.sum().clamp(min=1))
+    return total / (num_items if num_items is not None else max(1, len(targets)))
+
+
+def supervised_positions(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The hidden states that predict a supervised token, and the tokens.
+
+    Args:
+        hidden_states: (batch, length, d).
+        labels: (batch, length), int64, -100 where a token is not supervised.
+
+    Returns:
+        (tokens, d) and (tokens,), row after row.
+    """
+    targets = labels[:, 1:].to(hidden_states.device)
+    supervised = targets != IGNORE_INDEX
+    return hidden_states[:, :-1][supervised], targets[supervised]
 
 
 def summed_loss(head: Head, hidden_states: Tensor, targets: Tensor, piece: int, frozen: bool) -> Tensor:

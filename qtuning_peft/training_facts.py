@@ -126,14 +126,29 @@ def peak_memory() -> tuple[int, str] | None:
     """Most bytes at any time so far: of the GPU if one was used, else of this process."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated(), "allocated on the GPU"
+    resident = peak_resident()
+    return None if resident is None else (resident, "resident, of the whole process")
+
+
+def peak_resident() -> int | None:
+    """Most bytes of this process that were in memory at any time so far, where the system tells."""
     # Windows has no such module.
     with contextlib.suppress(ImportError):
         import resource
 
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         # Linux counts in KiB.
-        return resident if sys.platform == "darwin" else resident * 1024, "resident, of the whole process"
+        return resident if sys.platform == "darwin" else resident * 1024
     return None
+
+
+def processor() -> str:
+    """The CPU's name."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
 
 
 def machine() -> str:
@@ -141,9 +156,5 @@ def machine() -> str:
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         return f"{torch.distributed.get_world_size() if distributed else 1} {torch.cuda.get_device_name()}"
-    kind = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        kind = found[1] if found else kind
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores of {kind}, no GPU"
+    return f"{cores} cores of {processor()}, no GPU"

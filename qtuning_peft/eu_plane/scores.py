@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..head import causal_model, head_of
-from ..loss import IGNORE_INDEX
+from ..head import causal_model, head_of, positions_at_once
+from ..loss import supervised_positions
 
 # Logits held at a time, whatever the vocabulary and the batch: 16 MiB of float32 where they should stay in a CPU's
 # cache, 256 MiB where a GPU should have enough to do.
@@ -87,12 +87,9 @@ def token_scores(
 
 def scores_of_hidden_states(base: Any, output: Any, labels: Tensor, el2n: bool = False) -> TokenScores:
     """Scores from what the decoder of `base` returned; `labels` as in `token_scores`."""
-    targets = labels[:, 1:]
-    supervised = targets != IGNORE_INDEX
-    hidden_states = output.last_hidden_state[:, :-1][supervised]  # (tokens, d)
-    targets = targets[supervised].to(hidden_states.device)
+    hidden_states, targets = supervised_positions(output.last_hidden_state, labels)
     elements = CHUNK_ELEMENTS.get(hidden_states.device.type, CHUNK_ELEMENTS_ELSEWHERE)
-    chunk = max(1, elements // base.get_output_embeddings().weight.shape[0])
+    chunk = positions_at_once(base, elements)
     head = head_of(base, output)
     chunks = [
         scores_of_logits(head(states), wanted, el2n)

@@ -111,12 +111,13 @@ class DecoderForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder as its own `forward` would, followed by `layer`."""
+        run_base = self._again(args, kwargs) if torch.is_grad_enabled() else None
         # Kept states are for training: generation has keys and values to store.
         if self.layer.training:
             states = self.layer.take_waiting(kwargs.get("input_ids", args[0] if args else None), kwargs)
             if states is not None:
-                return self.layer.replay(states, self._again(args, kwargs))
-        with self.layer.following(self.decoder, self._again(args, kwargs)):
+                return self.layer.replay(states, run_base)
+        with self.layer.following(self.decoder, run_base):
             return self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:

@@ -227,7 +227,7 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
                 return states
         return None
 
-    def replay(self, states: BaseStates, run_base: RunBase) -> Any:
+    def replay(self, states: BaseStates, run_base: RunBase | None) -> Any:
         """What the decoder returns for kept states: the side network runs, the base does not; `run_base` as above."""
         assert states.embeddings is not None
         assert states.normed is not None
