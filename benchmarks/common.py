@@ -21,11 +21,20 @@ NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets")
 
 
+def checkpoint() -> Path:
+    """Folder of SmolLM2-135M-Instruct in float32."""
+    quiet()
+    return prepare_checkpoint(HERE / "results" / "base")
+
+
+def smollm2_tokenizer() -> Any:
+    """Its tokenizer."""
+    return AutoTokenizer.from_pretrained(checkpoint())
+
+
 def smollm2(quantized: bool = True) -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct in NF4, or in float32, and its tokenizer."""
-    quiet()
-    folder = prepare_checkpoint(HERE / "results" / "base")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    folder, tokenizer = checkpoint(), smollm2_tokenizer()
     if quantized:
         return load_base(str(folder), NF4).eval(), tokenizer
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer

@@ -81,6 +81,7 @@ METHODS = {
         Method("side-lean", arguments=LEAN, checkpointing=True, adam8=True),
         Method("lst", arguments={"downsample": "linear"}, four_bit=False),
         Method("lora", "LoraConfig", LORA, four_bit=False, learning_rate=2e-4),
+        Method("lora-r8", "LoraConfig", {**LORA, "r": 8, "lora_alpha": 16}, four_bit=False, learning_rate=2e-4),
         Method("lora-checkpointed", "LoraConfig", LORA, four_bit=False, checkpointing=True, learning_rate=2e-4),
         Method("qlora", "LoraConfig", LORA, learning_rate=2e-4),
         Method(
@@ -113,7 +114,7 @@ def find(name: str) -> Method:
     return METHODS[name]
 
 
-def apply(method: Method, model: Any) -> Any:
+def apply(method: Method, model: Any, task_type: str = "CAUSAL_LM") -> Any:
     """Make `model` trainable by `method`, in training mode."""
     dtype = model.dtype
     if not method.is_side:
@@ -125,7 +126,7 @@ def apply(method: Method, model: Any) -> Any:
     else:
         maker = SideTuningConfig if method.is_side else getattr(peft, method.config)
         model = peft.get_peft_model(
-            model, maker(task_type="CAUSAL_LM", **method.arguments), autocast_adapter_dtype=method.is_side
+            model, maker(task_type=task_type, **method.arguments), autocast_adapter_dtype=method.is_side
         )
         for parameter in () if method.is_side else trained(model):
             parameter.data = parameter.data.to(dtype)

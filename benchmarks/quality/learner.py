@@ -1,0 +1,96 @@
+"""A model that learns a task: its optimizer, its schedule, and a clock that runs while it steps.
+
+Learners take their steps in turn, each on the same batches, so that a shared machine's drift hits all alike. The clock
+stands still during evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+
+from benchmarks import methods
+from benchmarks.common import NF4, checkpoint, smollm2
+from benchmarks.quality.tasks import Batch, Task
+from benchmarks.step import seconds
+from qtuning_peft.loss import IGNORE_INDEX, supervised_loss
+
+WARM_UP = 0.1
+
+
+def factor(step: int, steps: int) -> float:
+    """Share of the learning rate at `step` of `steps`: up linearly for a tenth of them, then down a cosine to zero."""
+    warm = max(1, round(WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+class Learner:
+    """SmolLM2-135M-Instruct, trained by one method.
+
+    Args:
+        method: What trains it.
+        task: What it learns.
+        rate: Learning rate at its highest.
+        steps: Steps in all, for the schedule.
+        seed: Of new weights.
+    """
+
+    def __init__(self, method: methods.Method, task: Task, rate: float, steps: int, seed: int) -> None:
+        self.method, self.task, self.rate, self.steps = method, task, rate, steps
+        self.step_number, self.clock, self.tokens = 0, 0.0, 0
+        base = load_base(task, method.four_bit, seed)
+        torch.manual_seed(seed)
+        self.model = methods.apply(method, base, "CAUSAL_LM" if task.labels is None else "SEQ_CLS")
+        self.optimizer = methods.optimizer(method, self.model, rate)
+        self.device = next(self.model.parameters()).device
+
+    def step(self, batch: Batch) -> None:
+        """One step; the clock runs."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * factor(self.step_number, self.steps)
+        self.clock += seconds(lambda: self._step(batch))
+        self.step_number += 1
+        self.tokens += int(batch["attention_mask"].sum())
+
+    def _step(self, batch: Batch) -> None:
+        self._loss(batch).backward()
+        nn.utils.clip_grad_norm_(methods.trained(self.model), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _loss(self, batch: Batch, **options: Any) -> torch.Tensor:
+        inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        return supervised_loss(self.model, **inputs, **options) if self.task.labels is None else self.model(**inputs).loss
+
+    @torch.no_grad()
+    def measure(self, batches: list[Batch]) -> float:
+        """Nats per supervised token, or accuracy. No method here has dropout: the model stays in training mode."""
+        if self.task.labels is None:
+            total = sum(self._loss(batch, num_items=1).item() for batch in batches)
+            return total / sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
+        right = 0
+        for batch in batches:
+            inputs = {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
+            right += int((self.model(**inputs).logits.argmax(-1).cpu() == batch["labels"]).sum())
+        return right / sum(len(batch["labels"]) for batch in batches)
+
+
+def load_base(task: Task, four_bit: bool, seed: int) -> Any:
+    """The base in NF4 or float32, with a new head where the task has classes."""
+    if task.labels is None:
+        base = smollm2(four_bit)[0]
+    else:
+        torch.manual_seed(seed)
+        base = AutoModelForSequenceClassification.from_pretrained(
+            checkpoint(), dtype=torch.float32, num_labels=task.labels, pad_token_id=task.padding,
+            quantization_config=BitsAndBytesConfig(**NF4) if four_bit else None,
+        ).eval()  # fmt: skip
+    if torch.cuda.is_available() and not four_bit:  # a quantized one is there already
+        base.cuda()
+    return base

@@ -1,0 +1,129 @@
+"""What methods have learned of a task after the same data, and in what time: one row a method and seed.
+
+    python -m benchmarks.quality.train --task gsm8k --data FOLDER --methods side=2e-3 lora=5e-4 --rows 400
+
+SmolLM2-135M-Instruct. Methods take their steps in turn. A method may carry a configuration of its own, as in
+`side(r=4,downsample=linear)=2e-3`. Rows go to `results/quality.jsonl`, each with its whole curve. A run whose row is
+there already is not repeated, so that a stopped command goes on when it is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks import methods, rows
+from benchmarks.common import smollm2_tokenizer
+from benchmarks.quality.learner import Learner
+from benchmarks.quality.tasks import TASKS, load
+from benchmarks.step import positive
+
+NAME = "quality"
+
+
+def parse(text: str) -> tuple[methods.Method, float]:
+    """A method and its learning rate from `NAME`, `NAME=RATE` or `NAME(FIELD=VALUE,...)=RATE`.
+
+    Raises:
+        ValueError: when it is no such text, or names no method.
+    """
+    found = re.fullmatch(r"([\w-]+)(?:\((.*)\))?(?:=([\d.eE+-]+))?", text)
+    if found is None:
+        raise ValueError(f"method is {text}; give NAME, NAME=RATE or NAME(FIELD=VALUE,...)=RATE.")
+    method = methods.find(found[1])
+    given = dict(part.split("=", 1) for part in re.split(r",(?![^\[]*\])", found[2]) if found[2]) if found[2] else {}
+    arguments = {**method.arguments, **{name: _value(value) for name, value in given.items()}}
+    return replace(method, arguments=arguments), float(found[3] or method.learning_rate)
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False}.get(text, text)
+
+
+def key(row: rows.Row) -> str:
+    """What identifies a run, beside the machine."""
+    names = ("task", "method", "options", "learning_rate", "seed", "rows", "epochs", "batch")
+    return json.dumps({name: row[name] for name in names}, sort_keys=True)
+
+
+def main() -> None:
+    """Train in turn; one row each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="where the tasks' files are")
+    parser.add_argument("--methods", nargs="+", required=True, metavar="METHOD", help="NAME(FIELD=VALUE,...)=RATE")
+    parser.add_argument("--rows", type=positive, default=400, help="training rows (400)")
+    parser.add_argument("--epochs", type=float, default=1, help="how often they are read (1)")
+    parser.add_argument("--batch", type=positive, default=8, help="rows in a step (8)")
+    parser.add_argument("--evaluate-every", type=positive, metavar="STEPS", help="steps between (only at the end)")
+    parser.add_argument("--choose-rows", type=positive, default=100, help="held-out rows of an evaluation (100)")
+    parser.add_argument("--report", action="store_true", help="measure the rows that are reported, at the end")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of data order and new weights (0)")
+    arguments = parser.parse_args()
+    try:
+        task = load(arguments.task, smollm2_tokenizer(), arguments.data)
+        wanted = [parse(text) for text in arguments.methods]
+    except ValueError as error:
+        parser.error(str(error))
+
+    for seed in arguments.seeds:
+        train(task, wanted, seed, arguments)
+
+
+def train(task: Any, wanted: list[tuple[methods.Method, float]], seed: int, arguments: argparse.Namespace) -> None:
+    """One seed of every method that has no row yet."""
+    steps = task.epochs(arguments.rows, arguments.batch, arguments.epochs, seed)
+    runs = [
+        {
+            "task": task.name, "model": "SmolLM2-135M-Instruct", "method": method.name, "options": method.options(),
+            "learning_rate": rate, "seed": seed, "rows": arguments.rows, "epochs": arguments.epochs,
+            "batch": arguments.batch, "steps": len(steps), "choose_rows": arguments.choose_rows,
+        }
+        for method, rate in wanted
+    ]  # fmt: skip
+    done = {key(row) for row in rows.read(NAME) if row["reported"] is not None or not arguments.report}
+    left = [(run, *pair) for run, pair in zip(runs, wanted, strict=True) if key(run) not in done]
+    if not left:
+        return
+    learners = [(run, Learner(method, task, rate, len(steps), seed)) for run, method, rate in left]
+    chosen_by = task.evaluated(task.choose[: arguments.choose_rows], arguments.batch)
+    source = rows.provenance()
+    curves: list[list[list[float]]] = [[] for _ in learners]
+
+    def evaluate() -> None:
+        for curve, (run, learner) in zip(curves, learners, strict=True):
+            value = learner.measure(chosen_by)
+            curve.append([learner.step_number, learner.tokens, round(learner.clock, 3), round(value, 5)])
+            tqdm.write(f"{run['method']} {run['learning_rate']:g} seed {seed}: step {curve[-1]}")
+
+    for number, batch in enumerate(tqdm(steps, f"{task.name}, seed {seed}", unit="step"), start=1):
+        collated = task.batch(batch)
+        for _, learner in learners:
+            learner.step(collated)
+        if arguments.evaluate_every and number % arguments.evaluate_every == 0 and number < len(steps):
+            evaluate()
+    evaluate()
+    for curve, (run, learner) in zip(curves, learners, strict=True):
+        report = learner.measure(task.evaluated(task.report, arguments.batch)) if arguments.report else None
+        trained = sum(parameter.numel() for parameter in methods.trained(learner.model))
+        rows.append(
+            NAME,
+            {
+                **run, "trained_parameters": trained, "tokens": learner.tokens, "seconds": learner.clock,
+                "curve": curve, "chosen_by": curve[-1][-1], "reported": report, **source,
+            },
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
