@@ -147,7 +147,8 @@ def describe(adapter: str, revision: str | None = None) -> Iterator[tuple[str, s
         folder = Path(snapshot_download(adapter, revision=revision, allow_patterns=list(SHARED)))
     yield "base model", f"{config.base_model_name_or_path}" + (f" at {config.revision}" if config.revision else "")
     yield "shape of the base", f"{config.base_num_layers} blocks, hidden size {config.base_hidden_size}"
-    settings = ("r", "downsample", "mixing", "layers_to_transform", "num_side_heads", "task_type")
+    settings = ["r", "downsample", "mixing", "side_attention", "num_side_heads", "task_type"]
+    settings.insert(3, "tap_every" if config.layers_to_transform is None else "layers_to_transform")
     yield "settings", ", ".join(f"{name} {getattr(config, name)}" for name in settings if getattr(config, name))
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file():

@@ -30,6 +30,8 @@ from transformers import (
 import qtuning_peft  # noqa: F401  (registers QST with PEFT)
 
 VOCABULARY = 100
+# A side network with gates and attention, beside every block.
+EVERY_PART = {"side_attention": True, "tap_every": 1, "mixing": "residual"}
 SHAPE = {
     "hidden_size": 64,
     "num_hidden_layers": 3,

@@ -5,7 +5,8 @@ f the output of the base's final norm, and i(0) < i(1) < ... the tapped blocks:
 
     g_(-1) = tap_emb(e)
     x_j    = (1 - b_j) * tap_j(h_i(j)) + b_j * g_(j-1)            b_j = sigmoid(c_j)
-    y_j    = x_j + attention(norm_a(x_j))
+             tap_j(h_i(j)) + g_(j-1)                              additive
+    y_j    = x_j + attention(norm_a(x_j)), or x_j if side blocks do not attend
     g_j    = y_j + mlp(norm_m(y_j))
     h      = mix(f, norm(g_last))
 
@@ -20,6 +21,7 @@ f the output of the base's final norm, and i(0) < i(1) < ... the tapped blocks:
     rotary: of the F frequencies of the base, number floor(k F / half), k = 0 .. half-1, half = min(n / 2, F), turns
             channels k and k + half of each head of q and k; the channels from 2 half on are left alone
     mix(f, g) = f + up(g)                            residual
+                f + up(g) + 256/d W f / rms(f)       additive, rms(f) = sqrt(mean(f^2) + 1e-6)
                 a f + (1 - a) up(g)                  paper
                 s f + (1 - s) up(g), s = sigmoid(a)  reference, on an RMSNorm base
                 s up(g) + (1 - s) f                  reference, on a LayerNorm base
@@ -156,7 +158,10 @@ def mlp(tensors: Tensors, name: str, x: Array, setup: Setup) -> Array:
 
 
 def block(tensors: Tensors, name: str, x: Array, mask: NDArray[np.bool_], setup: Setup) -> Array:
-    y = x + attention(tensors, f"{name}.attention", norm(tensors, f"{name}.attention_norm", x, setup.eps), mask, setup)
+    y = x
+    if f"{name}.attention.qkv_proj.weight" in tensors:
+        normed = norm(tensors, f"{name}.attention_norm", x, setup.eps)
+        y = x + attention(tensors, f"{name}.attention", normed, mask, setup)
     return y + mlp(tensors, f"{name}.mlp", norm(tensors, f"{name}.mlp_norm", y, setup.eps), setup)
 
 
@@ -164,6 +169,9 @@ def mix(tensors: Tensors, f: Array, g: Array, setup: Setup) -> Array:
     up = linear(tensors, "mix.up_proj", g)
     if setup.mixing == "residual":
         return f + up
+    if setup.mixing == "additive":
+        rms = np.sqrt((f**2).mean(-1, keepdims=True) + 1e-6)
+        return f + up + 256 / f.shape[-1] * linear(tensors, "mix.correction", f / rms)
     a = tensors["mix.weight"]
     if setup.mixing == "paper":
         return a * f + (1.0 - a) * up
@@ -178,7 +186,11 @@ def side_network(
     mask = visible(attention_mask)
     g = tap(tensors, "embedding_tap", hidden_states[0], setup)
     for j, i in enumerate(sorted(setup.layers)):
-        b = sigmoid(tensors[f"gates.{j}.weight"])
-        x = (1.0 - b) * tap(tensors, f"taps.{j}", hidden_states[i + 1], setup) + b * g
+        t = tap(tensors, f"taps.{j}", hidden_states[i + 1], setup)
+        if setup.mixing == "additive":
+            x = t + g
+        else:
+            b = sigmoid(tensors[f"gates.{j}.weight"])
+            x = (1.0 - b) * t + b * g
         g = block(tensors, f"blocks.{j}", x, mask, setup)
     return mix(tensors, f, norm(tensors, "norm", g, setup.eps), setup)

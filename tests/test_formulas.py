@@ -9,6 +9,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from conftest import EVERY_PART
 from float64_reference import Array, Setup, default_heads, relu, side_network, silu
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
@@ -18,8 +19,9 @@ from qtuning_peft import SideTuningConfig
 
 FAMILIES = ("llama", "opt")
 DOWNSAMPLES = ("adapter", "lora", "linear", "projection", "maxpool", "avgpool")
-MIXINGS = ("residual", "paper", "reference")
+MIXINGS = ("additive", "residual", "paper", "reference")
 TOLERANCE = 1e-9
+DEFAULTS: dict[str, Any] = {"r": 4, "downsample_rank": 6, **EVERY_PART}
 FLOAT32_TOLERANCE = 1e-4
 
 VOCAB = 40
@@ -153,7 +155,12 @@ def padded_inputs(side: str) -> dict[str, Tensor]:
 
 
 def adapt(base: PreTrainedModel, **config: Any) -> peft.PeftModel:
-    return peft.get_peft_model(base, SideTuningConfig(**({"r": 4, "downsample_rank": 6} | config))).eval()
+    return peft.get_peft_model(base, SideTuningConfig(**(DEFAULTS | config))).eval()
+
+
+def tapped(depth: int, every: int) -> list[int]:
+    """The last block, and every n-th before it."""
+    return [i for i in range(depth) if (depth - 1 - i) % every == 0]
 
 
 def expected_logits(
@@ -169,7 +176,7 @@ def expected_logits(
         downsample_norm=config.get("downsample_norm", True),
         mixing=config.get("mixing", "residual"),
         num_heads=config.get("num_side_heads") or default_heads(d // r),
-        layers=config.get("layers_to_transform") or range(base.config.num_hidden_layers),
+        layers=config.get("layers_to_transform") or tapped(base.config.num_hidden_layers, config.get("tap_every", 1)),
         eps=traced.eps,
         act=silu if llama and base.config.hidden_act == "silu" else relu,
         gated=llama,
@@ -215,6 +222,15 @@ def test_mixings(family: str, mixing: str) -> None:
 def test_tapped_layers(family: str, layers: list[int]) -> None:
     base = build_float64_base(family, num_hidden_layers=4)
     assert difference(family, base, random_inputs(), layers_to_transform=layers) < TOLERANCE
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+@pytest.mark.parametrize("every", [1, 2, 3, 9])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_attention_beside_every_nth_block(family: str, every: int, mixing: str) -> None:
+    base = build_float64_base(family, num_hidden_layers=5)
+    config = {"tap_every": every, "side_attention": False, "mixing": mixing}
+    assert difference(family, base, random_inputs(), **config) < TOLERANCE
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
@@ -321,7 +337,9 @@ def expected_shapes(family: str, downsample: str, norm: bool, mixing: str) -> di
         return {f"{name}.weight": (w,)} | ({f"{name}.bias": (w,)} if bias else {})
 
     shapes = normed("norm") | linear("mix.up_proj", d, w, True)
-    if mixing != "residual":
+    if mixing == "additive":
+        shapes["mix.correction.weight"] = (d, d)
+    elif mixing != "residual":
         shapes["mix.weight"] = () if mixing == "paper" else (d,)
     for tap in ("embedding_tap", "taps.0", "taps.1"):
         if downsample == "linear":
@@ -332,7 +350,8 @@ def expected_shapes(family: str, downsample: str, norm: bool, mixing: str) -> di
         if norm:
             shapes |= normed(f"{tap}.norm", bias=not llama or mixing == "reference")
     for j in range(2):
-        shapes |= {f"gates.{j}.weight": () if mixing == "paper" else (w,)}
+        if mixing != "additive":
+            shapes |= {f"gates.{j}.weight": () if mixing == "paper" else (w,)}
         shapes |= normed(f"blocks.{j}.attention_norm") | normed(f"blocks.{j}.mlp_norm")
         shapes |= linear(f"blocks.{j}.attention.qkv_proj", 3 * w, w, not llama)
         shapes |= linear(f"blocks.{j}.attention.o_proj", w, w, not llama)
@@ -357,10 +376,12 @@ def test_tensors(family: str, downsample: str, mixing: str, norm: bool) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_initial_values(family: str, mixing: str) -> None:
     tensors = side_tensors(family, adapt(build_base(family), mixing=mixing))
+    starts = {"residual": torch.zeros(16), "paper": torch.zeros(()), "reference": torch.full((16,), 0.5)}
     for j in range(3):
-        start = {"residual": torch.zeros(16), "paper": torch.zeros(()), "reference": torch.full((16,), 0.5)}[mixing]
-        assert torch.equal(tensors[f"gates.{j}.weight"], start)
-    if mixing == "residual":
+        assert torch.equal(tensors.get(f"gates.{j}.weight", torch.empty(0)), starts.get(mixing, torch.empty(0)))
+    if mixing == "additive":
+        assert not tensors["mix.correction.weight"].any()
+    if mixing in ("additive", "residual"):
         assert not tensors["mix.up_proj.weight"].any()
         assert not tensors["mix.up_proj.bias"].any()
     else:
@@ -376,10 +397,11 @@ def test_initial_values(family: str, mixing: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_fresh_residual_adapter_is_the_base(family: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("mixing", ["additive", "residual"])
+def test_a_fresh_adapter_is_the_base(mixing: str, family: str, dtype: torch.dtype) -> None:
     base, inputs = build_base(family).to(dtype), padded_inputs("left")
     before = base(**inputs).logits
-    after = adapt(base, mixing="residual")(**inputs).logits
+    after = adapt(base, mixing=mixing)(**inputs).logits
     assert after.dtype == before.dtype
     assert torch.equal(after, before)
 
@@ -418,6 +440,15 @@ def backward(family: str, model: nn.Module) -> dict[str, bool]:
 def test_first_gradients_of_paper(family: str) -> None:
     model = adapt(build_base(family), mixing="paper")
     assert {name for name, reached in backward(family, model).items() if reached} == {"mix.weight"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_first_gradients_of_additive(family: str) -> None:
+    model = adapt(build_base(family), mixing="additive")
+    reached = {name for name, reached in backward(family, model).items() if reached}
+    assert reached == {"mix.up_proj.weight", "mix.up_proj.bias", "mix.correction.weight"}
+    torch.optim.SGD(side_parameters(family, model).values(), lr=0.1).step()
+    assert {name for name, reached in backward(family, model).items() if not reached} == set()
 
 
 @pytest.mark.parametrize("downsample", DOWNSAMPLES)

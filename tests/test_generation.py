@@ -6,17 +6,18 @@ import copy
 
 import pytest
 import torch
-from conftest import FAMILIES, randomize_side_network, tiny, token_ids
+from conftest import EVERY_PART, FAMILIES, randomize_side_network, tiny, token_ids
 from peft import PeftModel, get_peft_model
 from transformers import DynamicCache, StaticCache
 
 from qtuning_peft import SideTuningConfig
 
+DEFAULTS = {name: getattr(SideTuningConfig(), name) for name in EVERY_PART}
 NEW = {"max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0}
 
 
 def side_tuned(family: str = "llama", seed: int = 1, **options: object) -> PeftModel:
-    model = get_peft_model(tiny(family), SideTuningConfig(r=4, task_type="CAUSAL_LM", **options)).eval()
+    model = get_peft_model(tiny(family), SideTuningConfig(**{"r": 4, "task_type": "CAUSAL_LM", **EVERY_PART} | options)).eval()
     randomize_side_network(model, seed=seed, scale=0.3)
     return model
 
@@ -28,9 +29,10 @@ def prompt(left_padded: bool) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+@pytest.mark.parametrize("parts", [EVERY_PART, DEFAULTS], ids=["every part", "defaults"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cached_logits_equal_uncached_logits(family: str) -> None:
-    model = side_tuned(family)
+def test_cached_logits_equal_uncached_logits(family: str, parts: dict[str, object]) -> None:
+    model = side_tuned(family, **parts)
     # Grouped matrix products of experts have no float64 kernel, and Bloom's position biases are float32.
     tolerance = {"qwen3_moe": 1e-5, "bloom": 1e-7}.get(family, 1e-9)
     model = model if family == "qwen3_moe" else model.double()
@@ -92,6 +94,18 @@ def test_assisted_decoding_equals_plain_decoding() -> None:
     assert torch.equal(found, expected)
     found = model.generate(input_ids=ids, **NEW, do_sample=False, prompt_lookup_num_tokens=3)
     assert torch.equal(found, expected)
+
+
+def test_a_side_network_without_attention_leaves_the_cache_alone() -> None:
+    model, ids = side_tuned(**DEFAULTS), token_ids(1, 6)
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :5], use_cache=True).past_key_values
+        assert len(cache.layers) == 3
+        expected = model(input_ids=ids, use_cache=False).logits[:, -1]
+        with model.disable_adapter():  # so one that the base alone has filled will do
+            cache = model(input_ids=ids[:, :5], use_cache=True).past_key_values
+        found = model(input_ids=ids[:, 5:], past_key_values=cache, use_cache=True).logits[:, -1]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_continuing_from_a_copied_prompt_cache() -> None:

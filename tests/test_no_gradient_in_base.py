@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import randomize_side_network, side_parameters, tiny, token_ids
+from conftest import EVERY_PART, randomize_side_network, side_parameters, tiny, token_ids
 from peft import get_peft_model, prepare_model_for_kbit_training
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -165,7 +165,7 @@ SIDE, INNER = WIDTH // R, 224
 LEARNED = ("linear", "lora", "adapter")
 
 
-def held(downsample: str, layers: int, checkpointing: bool = False) -> list[torch.Tensor]:
+def held(downsample: str, layers: int, checkpointing: bool = False, **options: object) -> list[torch.Tensor]:
     """What training holds up to the final norm, on a bf16 base of `layers` blocks with an 8B model's proportions."""
     torch.manual_seed(0)
     base = LlamaForCausalLM(
@@ -174,7 +174,7 @@ def held(downsample: str, layers: int, checkpointing: bool = False) -> list[torc
             intermediate_size=INNER * R, vocab_size=100,
         )
     ).to(torch.bfloat16)  # fmt: skip
-    model = get_peft_model(base, SideTuningConfig(r=R, downsample=downsample, task_type="CAUSAL_LM"))
+    model = get_peft_model(base, SideTuningConfig(r=R, downsample=downsample, task_type="CAUSAL_LM", **EVERY_PART | options))
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": True})
     model.train()
@@ -203,6 +203,10 @@ def test_a_pooled_downsample_holds_nothing_as_wide_as_the_base(downsample: str) 
     saved = held(downsample, layers=2)
     assert bytes_per_token(saved, WIDTH) == 0
     assert max(t.untyped_storage().nbytes() for t in saved if LENGTH in t.shape) < LENGTH * WIDTH * 2
+
+
+def test_the_linear_map_of_the_final_state_holds_it_once_in_16_bits() -> None:
+    assert bytes_per_token(held("avgpool", layers=2, mixing="additive"), WIDTH) == WIDTH * 2
 
 
 def test_no_attention_map_is_held() -> None:

@@ -261,8 +261,9 @@ def test_a_norm_without_weights() -> None:
 
 
 def test_the_default_number_of_heads_is_recorded() -> None:
-    model = get_peft_model(tiny(hidden_size=256, head_dim=64), SideTuningConfig(r=2, task_type="CAUSAL_LM"))
+    model = get_peft_model(tiny(hidden_size=256, head_dim=64), SideTuningConfig(r=2, side_attention=True))
     assert model.peft_config["default"].num_side_heads == 2
+    assert get_peft_model(tiny(), SideTuningConfig(r=2)).peft_config["default"].num_side_heads is None
 
 
 def test_auto_class_loads_base_and_adapter(tmp_path: Path) -> None:

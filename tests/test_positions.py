@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import randomize_side_network, side_parameters, tiny, token_ids
+from conftest import EVERY_PART, randomize_side_network, side_parameters, tiny, token_ids
 from peft import PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
@@ -15,7 +15,7 @@ ROPE_FAMILIES = ("llama", "mistral", "qwen3", "gemma3", "gpt_neox")
 
 
 def side_tuned(family: str = "llama", dtype: torch.dtype = torch.float64, **overrides: object) -> PeftModel:
-    model = get_peft_model(tiny(family, **overrides), SideTuningConfig(r=4, task_type="CAUSAL_LM")).to(dtype)
+    model = get_peft_model(tiny(family, **overrides), SideTuningConfig(r=4, task_type="CAUSAL_LM", **EVERY_PART)).to(dtype)
     randomize_side_network(model)
     return model
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny, token_ids
+from conftest import randomize_side_network, tiny, token_ids
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForMaskedLM,
@@ -41,11 +41,14 @@ from qtuning_peft import SideTuningConfig
             "downsample is 'conv'; choose one of adapter, lora, linear, projection, maxpool, avgpool",
         ),
         ({"downsample_rank": 0}, "downsample_rank is 0;"),
-        ({"mixing": "lst"}, "mixing is 'lst'; choose one of residual, paper, reference"),
+        ({"mixing": "lst"}, "mixing is 'lst'; choose one of additive, residual, paper, reference"),
         ({"compute_dtype": "int8"}, "compute_dtype is 'int8';"),
         ({"side_dropout": 1.0}, "side_dropout is 1.0;"),
         ({"side_dropout": float("nan")}, "side_dropout is nan;"),
         ({"num_side_heads": 0}, "num_side_heads is 0;"),
+        ({"num_side_heads": 2}, "num_side_heads is 2, but side blocks do not attend; set side_attention to true"),
+        ({"side_attention": 1}, "side_attention is 1; give true or false"),
+        ({"tap_every": 0}, "tap_every is 0;"),
         ({"layers_to_transform": []}, r"layers_to_transform is \[\];"),
         ({"layers_to_transform": [1, 1]}, r"layers_to_transform is \[1, 1\];"),
         ({"layers_to_transform": [-1]}, r"layers_to_transform is \[-1\];"),
@@ -68,8 +71,8 @@ def test_config_values(options: dict[str, object], message: str) -> None:
     [
         ({"r": 7}, "r is 7, .* hidden size of 64; choose one of 2, 4, 8"),
         ({"r": 64}, "r is 64, .* choose one of 2, 4, 8"),
-        ({"r": 4, "num_side_heads": 3}, "num_side_heads is 3, which does not split the side width of 16"),
-        ({"r": 4, "num_side_heads": 16}, "num_side_heads is 16, .* equal even sizes"),
+        ({"r": 4, "num_side_heads": 3, "side_attention": True}, "num_side_heads is 3, which does not split the side width of 16"),
+        ({"r": 4, "num_side_heads": 16, "side_attention": True}, "num_side_heads is 16, .* equal even sizes"),
         ({"layers_to_transform": [0, 3]}, "layers_to_transform names block 3, but the base has blocks 0 to 2"),
         ({"modules_to_save": ["embed_tokens"]}, "modules_to_save names embed_tokens, part of the base"),
     ],
@@ -116,10 +119,15 @@ def test_models_without_a_place_for_a_side_network(make: object, message: str) -
     ids=["MPT", "ALiBi in the mask"],
 )
 def test_masks_that_mean_something_else_to_a_side_network(make: object, message: str) -> None:
-    model = get_peft_model(make(), SideTuningConfig(r=4))
+    model = get_peft_model(make(), SideTuningConfig(r=4, side_attention=True))
     ids = token_ids() % 50
     with pytest.raises(NotImplementedError, match=message):
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    without = get_peft_model(make().eval(), SideTuningConfig(r=4, task_type="CAUSAL_LM"))
+    randomize_side_network(without, scale=0.3)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    found = [without.generate(input_ids=ids, **options, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*found)
 
 
 def test_hidden_states_of_another_form() -> None:
@@ -148,8 +156,8 @@ def test_another_method_on_the_same_base() -> None:
 
 
 def test_a_cache_of_another_adapter() -> None:
-    model = get_peft_model(tiny(), SideTuningConfig(task_type="CAUSAL_LM"))
-    model.add_adapter("other", SideTuningConfig(task_type="CAUSAL_LM"))
+    model = get_peft_model(tiny(), SideTuningConfig(task_type="CAUSAL_LM", side_attention=True))
+    model.add_adapter("other", SideTuningConfig(task_type="CAUSAL_LM", side_attention=True))
     with torch.no_grad():
         cache = model(input_ids=token_ids(), use_cache=True).past_key_values
         model.set_adapter("other")
@@ -177,7 +185,7 @@ def test_two_active_adapters() -> None:
 def test_skipped_blocks() -> None:
     model = get_peft_model(tiny(), SideTuningConfig(task_type="CAUSAL_LM"))
     model.get_base_model().config.num_hidden_layers = 2
-    with pytest.raises(RuntimeError, match="2 of 3 tapped blocks ran"):
+    with pytest.raises(RuntimeError, match="0 of 1 tapped blocks ran"):
         model(input_ids=token_ids())
 
 

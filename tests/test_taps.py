@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomize_side_network, side_parameters, tiny, token_ids
+from conftest import EVERY_PART, randomize_side_network, side_parameters, tiny, token_ids
 from peft import PeftModel, get_peft_model
 from test_no_gradient_in_base import saved_for_backward
 from torch import Tensor
@@ -21,7 +21,7 @@ LEARNED = ("linear", "lora", "adapter")
 
 
 def model_with(family: str = "llama", **config: object) -> PeftModel:
-    model = get_peft_model(tiny(family), SideTuningConfig(r=4, task_type="CAUSAL_LM", **config))
+    model = get_peft_model(tiny(family), SideTuningConfig(**{"r": 4, "task_type": "CAUSAL_LM", **EVERY_PART} | config))
     randomize_side_network(model)
     return model.train()
 
@@ -128,7 +128,7 @@ def test_what_a_tap_holds(config: dict[str, object], held_per_token: int, monkey
     """Beside what is held with a pooled tap, which needs nothing."""
 
     def held(**config: object) -> int:
-        model = get_peft_model(tiny(num_hidden_layers=1), SideTuningConfig(r=4, downsample_norm=False, **config))
+        model = get_peft_model(tiny(num_hidden_layers=1), SideTuningConfig(**{"r": 4, "downsample_norm": False, **EVERY_PART} | config))
         with saved_for_backward(model.train()) as saved:
             model.get_base_model().model(token_ids(1, 50), use_cache=False)
         return sum(t.untyped_storage().nbytes() for t in saved if 50 in t.shape)

@@ -2,6 +2,8 @@
 
     y = x + attention(norm(x))        g = y + mlp(norm(y))        (QST, ACL 2024, section 3.1: "a lightweight f")
 
+Without `side_attention` y = x: a hidden state of the base holds already what its attention has gathered.
+
 Masks, positions and packing are those that the base gave its own block. Attention runs through the base's attention
 implementation, never the eager one: with narrow heads, attention maps would be most of the memory of training.
 """
@@ -227,20 +229,23 @@ class SideBlock(nn.Module):
         spec: The base's dimensions.
         width: Width d/r.
         r: Reduction factor, for the MLP's inner width.
-        num_heads: Attention heads.
+        num_heads: Attention heads; with none, the block is an MLP alone.
         dropout: Dropout probability on both branches' outputs.
     """
 
-    def __init__(self, spec: DecoderSpec, width: int, r: int, num_heads: int, dropout: float) -> None:
+    def __init__(self, spec: DecoderSpec, width: int, r: int, num_heads: int | None, dropout: float) -> None:
         super().__init__()
-        self.attention_norm = make_norm(spec, width)
-        self.attention = SideAttention(spec, width, num_heads)
+        self.attends = num_heads is not None
+        if num_heads is not None:
+            self.attention_norm = make_norm(spec, width)
+            self.attention = SideAttention(spec, width, num_heads)
         self.mlp_norm = make_norm(spec, width)
         self.mlp = SideMLP(spec, width, r)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden_states: Tensor, inputs: BlockInputs) -> Tensor:
         """One block; `hidden_states` and the result are (batch, length, d/r)."""
-        attended = self.attention(self.attention_norm(hidden_states), inputs)
-        hidden_states = hidden_states + self.dropout(attended)
+        if self.attends:
+            attended = self.attention(self.attention_norm(hidden_states), inputs)
+            hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))

@@ -5,6 +5,9 @@ r the reduction factor and f_i, g_i the i-th block of the base and of the side n
 
     x_i = (1 - beta_i) * down_i(h_fi) + beta_i * h_g(i-1)      h_gi = g_i(x_i)          (width d / r)
     h   = alpha * h_fN + (1 - alpha) * up(h_gN)                                         (width d)
+
+The defaults depart from the paper where that learned more in the same time (docs/quality.md); `SideTuningConfig.paper()`
+and `SideTuningConfig.reference()` are the publication and its authors' code.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from .safe_loading import LARGEST_SIZE, Origin, check_names, check_text
 
 LEARNED = ("adapter", "lora", "linear")
 DOWNSAMPLES = (*LEARNED, "projection", "maxpool", "avgpool")
-MIXINGS = ("residual", "paper", "reference")
+MIXINGS = ("additive", "residual", "paper", "reference")
 TAP_STORAGES = ("full", "int8", "int4", "recompute")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -44,17 +47,23 @@ class SideTuningConfig(PeftConfig):
         downsample_norm (`bool`):
             Normalize every down-sampled hidden state. The authors' code does, the paper does not say so.
         num_side_heads (`int`, *optional*):
-            Attention heads of a side block. By default heads of size 64 where the side width allows it; the number is
-            filled in.
+            Attention heads of a side block, with `side_attention`. By default heads of size 64 where the side width
+            allows it; the number is filled in.
+        side_attention (`bool`):
+            Whether side blocks attend. Without, they read at each position what the base has gathered there, need
+            no mask and no keys and values in generation, and work beside every kind of attention.
+        tap_every (`int`):
+            Tap every n-th block, counted from the last one, which is always tapped. The paper taps all, with 1.
         layers_to_transform (`list[int]` or `int`, *optional*):
-            Indices of the base blocks that are tapped, each by a side block of its own. By default all of them.
+            Indices of the base blocks that are tapped, each by a side block of its own, instead of `tap_every`.
         side_dropout (`float`):
             Dropout on the output of the side blocks' attention and MLP.
         mixing (`str`):
-            Parametrisation of the gates. `"residual"`: vector input gates that start at one half; the output is
-            the base's plus an up-projection that starts at zero, so that training starts exactly at the base.
-            `"paper"`: scalar gates as published. `"reference"`: vector gates as the authors' code computes them, and
-            its LayerNorm behind the down-samplers.
+            Parametrisation of the gates. `"additive"`: none; taps are added to the side state, and its up-projection
+            and a linear map of the base's final state to the output, both zero at the start, so that training starts
+            exactly at the base. `"residual"`: vector input gates that start at one half, and the up-projection
+            alone. `"paper"`: scalar gates as published. `"reference"`: vector gates as the authors' code computes
+            them, and its LayerNorm behind the down-samplers.
         compute_dtype (`str`):
             Autocast dtype of the side network: `"auto"` (that of the base's hidden states), `"float32"`,
             `"bfloat16"` or `"float16"`. The weights themselves are always kept and trained in float32.
@@ -79,7 +88,7 @@ class SideTuningConfig(PeftConfig):
     """
 
     r: int = field(
-        default=8,
+        default=4,
         metadata={
             "help": "Reduction factor: the side network is hidden_size / r wide. It must divide the hidden size."
         },
@@ -101,18 +110,23 @@ class SideTuningConfig(PeftConfig):
         default=None,
         metadata={"help": "Attention heads of a side block. Default: heads of size 64 where the width allows it."},
     )
+    side_attention: bool = field(default=False, metadata={"help": "Whether side blocks attend, or only have an MLP."})
+    tap_every: int = field(
+        default=3, metadata={"help": "Tap every n-th block, counted from the last one, by a side block of its own."}
+    )
     layers_to_transform: list[int] | int | None = field(
         default=None,
-        metadata={"help": "Indices of the base blocks that are tapped, each by its own side block. Default: all."},
+        metadata={"help": "Indices of the base blocks that are tapped, instead of tap_every."},
     )
     side_dropout: float = field(
         default=0.0, metadata={"help": "Dropout on the output of the side blocks' attention and MLP."}
     )
     mixing: str = field(
-        default="residual",
+        default="additive",
         metadata={
-            "help": "Parametrisation of the gates: residual (starts exactly at the base), paper (scalar gates, as "
-            "published) or reference (vector gates, as the authors' code computes them)."
+            "help": "Parametrisation of the gates: additive (none, and a linear map of the base's final state) or "
+            "residual (vector gates), which both start exactly at the base, paper (scalar gates, as published) or "
+            "reference (vector gates, as the authors' code computes them)."
         },
     )
     compute_dtype: str = field(
@@ -160,14 +174,21 @@ class SideTuningConfig(PeftConfig):
         self.auto_mapping = None
         self._check_bool("inference_mode")
         self._check_bool("downsample_norm")
+        self._check_bool("side_attention")
         if not isinstance(self.target_modules, str):
             check_names("target_modules", self.target_modules)
         check_names("modules_to_save", self.modules_to_save)
         self._check_integer("r", minimum=2)
         self._check_integer("downsample_rank", minimum=1)
+        self._check_integer("tap_every", minimum=1)
         for name in ("num_side_heads", "base_hidden_size", "base_num_layers"):
             if getattr(self, name) is not None:
                 self._check_integer(name, minimum=1)
+        if self.num_side_heads is not None and not self.side_attention:
+            raise ValueError(
+                f"num_side_heads is {self.num_side_heads}, but side blocks do not attend; set side_attention to true, "
+                "or leave it unset."
+            )
         self._check_choice("downsample", DOWNSAMPLES)
         self._check_choice("mixing", MIXINGS)
         self._check_choice("compute_dtype", COMPUTE_DTYPES)
@@ -195,6 +216,25 @@ class SideTuningConfig(PeftConfig):
         if name == "base_model_name_or_path":
             super().__setattr__("origin", None)
         super().__setattr__(name, value)
+
+    @classmethod
+    def paper(cls, **options: Any) -> SideTuningConfig:
+        """The side network as published (ACL 2024, section 3), whose output gate starts at one: no gate, no gradient.
+
+        Args:
+            **options: Fields that differ.
+        """
+        published = {"r": 16, "downsample": "adapter", "downsample_norm": False, "mixing": "paper"}
+        return cls(**{**published, "side_attention": True, "tap_every": 1, **options})
+
+    @classmethod
+    def reference(cls, **options: Any) -> SideTuningConfig:
+        """The side network as the authors' code computes it; there, it has as many heads as the base.
+
+        Args:
+            **options: Fields that differ.
+        """
+        return cls.paper(**{"downsample_norm": True, "mixing": "reference", **options})
 
     @classmethod
     def from_pretrained(

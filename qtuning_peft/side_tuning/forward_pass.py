@@ -60,6 +60,9 @@ class ForwardPass:
     def block_inputs(self, block: nn.Module, arguments: dict[str, Any]) -> BlockInputs:
         """What the base handed to `block`, for the side block beside it."""
         assert self.side is not None
+        assert self.network is not None
+        if self.network.head_dim is None:
+            return BlockInputs()
         inputs = BlockInputs(
             attention_mask=_on_device(arguments.get("attention_mask"), self.side.device),
             rotary=self._narrow_rotary(arguments.get("position_embeddings")),

@@ -168,7 +168,7 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
             return
         arguments = bind(block, args, kwargs)
         cache = cache_in(arguments)
-        if cache is not None:
+        if cache is not None and current.network.head_dim is not None:
             layers = current.network.layers
             current.first_side_layer = attach_side_layers(
                 cache, self._num_base_layers, layers, adapter=self.active_adapters[0]

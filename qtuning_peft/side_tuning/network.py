@@ -61,7 +61,8 @@ class SideNetwork(nn.Module):
         self.layers = tapped_layers(config, spec)
         width = side_width(config, spec)
         heads = side_heads(config, spec, width)
-        self.head_dim = width // heads
+        # Of attention heads; none where side blocks do not attend.
+        self.head_dim = None if heads is None else width // heads
         self.compute_dtype = None if config.compute_dtype == "auto" else getattr(torch, config.compute_dtype)
         self.tap_storage = config.tap_storage
         self.embedding_tap = Tap(config, spec, width)
@@ -180,7 +181,7 @@ def tapped_layers(config: SideTuningConfig, spec: DecoderSpec) -> list[int]:
     """
     depth = len(spec.blocks)
     if config.layers_to_transform is None:
-        return list(range(depth))
+        return sorted(range(depth - 1, -1, -config.tap_every))
     layers = sorted(
         [config.layers_to_transform] if isinstance(config.layers_to_transform, int) else config.layers_to_transform
     )
@@ -193,9 +194,9 @@ def side_width(config: SideTuningConfig, spec: DecoderSpec) -> int:
     """Width d/r of the side network.
 
     Raises:
-        ValueError: when `r` does not divide the hidden size, or leaves an odd width where positions are rotary.
+        ValueError: when `r` does not divide the hidden size, or leaves an odd width where attention has rotary positions.
     """
-    usable = [r for r in range(2, spec.hidden_size // 8 + 1) if _fits(spec, r)]
+    usable = [r for r in range(2, spec.hidden_size // 8 + 1) if _fits(config, spec, r)]
     if config.r not in usable:
         raise ValueError(
             f"r is {config.r}, which leaves no usable side width of a hidden size of {spec.hidden_size}; "
@@ -204,17 +205,20 @@ def side_width(config: SideTuningConfig, spec: DecoderSpec) -> int:
     return spec.hidden_size // config.r
 
 
-def _fits(spec: DecoderSpec, r: int) -> bool:
+def _fits(config: SideTuningConfig, spec: DecoderSpec, r: int) -> bool:
     # Rotary positions turn pairs of channels.
-    return spec.hidden_size % r == 0 and not (spec.rotary and (spec.hidden_size // r) % 2)
+    paired = spec.rotary and config.side_attention
+    return spec.hidden_size % r == 0 and not (paired and (spec.hidden_size // r) % 2)
 
 
-def side_heads(config: SideTuningConfig, spec: DecoderSpec, width: int) -> int:
-    """Number of attention heads of a side block.
+def side_heads(config: SideTuningConfig, spec: DecoderSpec, width: int) -> int | None:
+    """Number of attention heads of a side block, if it attends.
 
     Raises:
         ValueError: when `num_side_heads` does not divide the side width, or leaves odd heads with rotary positions.
     """
+    if not config.side_attention:
+        return None
     heads = config.num_side_heads or default_num_heads(width)
     if width % heads or (spec.rotary and (width // heads) % 2):
         raise ValueError(
