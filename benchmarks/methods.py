@@ -65,6 +65,12 @@ class Method:
 
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+PAPER = {
+    name: getattr(SideTuningConfig.paper(), name)
+    for name in ("r", "downsample", "downsample_norm", "mixing", "side_attention", "tap_every")
+}
+# One narrow block with gates and attention beside every block of the base, its taps not squeezed through a rank of 16.
+GATED = {"r": 8, "mixing": "residual", "side_attention": True, "tap_every": 1}
 LEAN = {"r": 16, "downsample": "avgpool"}
 PROJECTION = {"r": 16, "downsample": "projection", "downsample_rank": 64}
 
@@ -72,7 +78,8 @@ METHODS = {
     method.name: method
     for method in (
         Method("side"),
-        Method("side-paper", arguments={"downsample": "adapter", "r": 16, "mixing": "paper"}),
+        Method("side-paper", arguments=PAPER),
+        Method("side-gated", arguments=GATED),
         Method("side-checkpointed", checkpointing=True),
         Method("side-int8", arguments={"tap_storage": "int8"}, checkpointing=True, adam8=True),
         Method("side-int4", arguments={"tap_storage": "int4"}, checkpointing=True, adam8=True),

@@ -174,7 +174,8 @@ def held(downsample: str, layers: int, checkpointing: bool = False, **options: o
             intermediate_size=INNER * R, vocab_size=100,
         )
     ).to(torch.bfloat16)  # fmt: skip
-    model = get_peft_model(base, SideTuningConfig(r=R, downsample=downsample, task_type="CAUSAL_LM", **EVERY_PART | options))
+    config = SideTuningConfig(r=R, downsample=downsample, task_type="CAUSAL_LM", **EVERY_PART | options)
+    model = get_peft_model(base, config)
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": True})
     model.train()

@@ -71,7 +71,10 @@ def test_config_values(options: dict[str, object], message: str) -> None:
     [
         ({"r": 7}, "r is 7, .* hidden size of 64; choose one of 2, 4, 8"),
         ({"r": 64}, "r is 64, .* choose one of 2, 4, 8"),
-        ({"r": 4, "num_side_heads": 3, "side_attention": True}, "num_side_heads is 3, which does not split the side width of 16"),
+        (
+            {"r": 4, "num_side_heads": 3, "side_attention": True},
+            "num_side_heads is 3, which does not split the side width of 16",
+        ),
         ({"r": 4, "num_side_heads": 16, "side_attention": True}, "num_side_heads is 16, .* equal even sizes"),
         ({"layers_to_transform": [0, 3]}, "layers_to_transform names block 3, but the base has blocks 0 to 2"),
         ({"modules_to_save": ["embed_tokens"]}, "modules_to_save names embed_tokens, part of the base"),

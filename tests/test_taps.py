@@ -128,7 +128,8 @@ def test_what_a_tap_holds(config: dict[str, object], held_per_token: int, monkey
     """Beside what is held with a pooled tap, which needs nothing."""
 
     def held(**config: object) -> int:
-        model = get_peft_model(tiny(num_hidden_layers=1), SideTuningConfig(**{"r": 4, "downsample_norm": False, **EVERY_PART} | config))
+        parts = {"r": 4, "downsample_norm": False, **EVERY_PART} | config
+        model = get_peft_model(tiny(num_hidden_layers=1), SideTuningConfig(**parts))
         with saved_for_backward(model.train()) as saved:
             model.get_base_model().model(token_ids(1, 50), use_cache=False)
         return sum(t.untyped_storage().nbytes() for t in saved if 50 in t.shape)

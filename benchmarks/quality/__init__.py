@@ -1,0 +1,1 @@
+"""How much methods learn, and in what time."""

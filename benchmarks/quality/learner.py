@@ -66,7 +66,9 @@ class Learner:
 
     def _loss(self, batch: Batch, **options: Any) -> torch.Tensor:
         inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        return supervised_loss(self.model, **inputs, **options) if self.task.labels is None else self.model(**inputs).loss
+        return (
+            supervised_loss(self.model, **inputs, **options) if self.task.labels is None else self.model(**inputs).loss
+        )
 
     @torch.no_grad()
     def measure(self, batches: list[Batch]) -> float:

@@ -8,8 +8,8 @@
 | `rte`   | train, but the last 300   | the last 300         | dev                | accuracy          |
 
 Files are read from a folder (`gsm8k_train.jsonl` with `question` and `answer`, `dolly_3k.jsonl` with `instruction`,
-`input` and `output`, `sst2_sentence_*.jsonl` with `sentence` and `label`, `rte_*.jsonl` with `premise`, `hypothesis` and
-`label`): the licences of some do not let them be copied here.
+`input` and `output`, `sst2_sentence_*.jsonl` with `sentence` and `label`, `rte_*.jsonl` with `premise`, `hypothesis`
+and `label`): the licences of some do not let them be copied here.
 """
 
 from __future__ import annotations
@@ -120,7 +120,9 @@ def _dolly(tokenizer: Any, folder: Path | None) -> Task:
 def _classes(tokenizer: Any, rows: list[dict[str, Any]], question: Callable[[dict[str, Any]], str]) -> list[Encoded]:
     return [
         {
-            "input_ids": tokenizer(prompt_of(tokenizer, question(row)), add_special_tokens=False).input_ids[-MAX_LENGTH:],
+            "input_ids": tokenizer(prompt_of(tokenizer, question(row)), add_special_tokens=False).input_ids[
+                -MAX_LENGTH:
+            ],
             "labels": _label(row["label"]),
         }
         for row in rows

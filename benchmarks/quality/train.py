@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--batch", type=positive, default=8, help="rows in a step (8)")
     parser.add_argument("--evaluate-every", type=positive, metavar="STEPS", help="steps between (only at the end)")
     parser.add_argument("--choose-rows", type=positive, default=100, help="held-out rows of an evaluation (100)")
-    parser.add_argument("--report", action="store_true", help="measure the rows that are reported, at the end")
+    parser.add_argument("--report", type=positive, metavar="ROWS", help="so many of those reported, at the end")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of data order and new weights (0)")
     arguments = parser.parse_args()
     try:
@@ -88,6 +88,7 @@ def train(task: Any, wanted: list[tuple[methods.Method, float]], seed: int, argu
             "task": task.name, "model": "SmolLM2-135M-Instruct", "method": method.name, "options": method.options(),
             "learning_rate": rate, "seed": seed, "rows": arguments.rows, "epochs": arguments.epochs,
             "batch": arguments.batch, "steps": len(steps), "choose_rows": arguments.choose_rows,
+            "report_rows": arguments.report,
         }
         for method, rate in wanted
     ]  # fmt: skip
@@ -114,7 +115,9 @@ def train(task: Any, wanted: list[tuple[methods.Method, float]], seed: int, argu
             evaluate()
     evaluate()
     for curve, (run, learner) in zip(curves, learners, strict=True):
-        report = learner.measure(task.evaluated(task.report, arguments.batch)) if arguments.report else None
+        report = None
+        if arguments.report:
+            report = learner.measure(task.evaluated(task.report[: arguments.report], arguments.batch))
         trained = sum(parameter.numel() for parameter in methods.trained(learner.model))
         rows.append(
             NAME,

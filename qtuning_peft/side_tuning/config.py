@@ -6,8 +6,8 @@ r the reduction factor and f_i, g_i the i-th block of the base and of the side n
     x_i = (1 - beta_i) * down_i(h_fi) + beta_i * h_g(i-1)      h_gi = g_i(x_i)          (width d / r)
     h   = alpha * h_fN + (1 - alpha) * up(h_gN)                                         (width d)
 
-The defaults depart from the paper where that learned more in the same time (docs/quality.md); `SideTuningConfig.paper()`
-and `SideTuningConfig.reference()` are the publication and its authors' code.
+The defaults depart from the paper where that learned more in the same time (docs/quality.md);
+`SideTuningConfig.paper()` and `SideTuningConfig.reference()` are the publication and its authors' code.
 """
 
 from __future__ import annotations

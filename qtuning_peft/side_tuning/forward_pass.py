@@ -80,6 +80,7 @@ class ForwardPass:
         # Made once for all blocks that share the base's: autograd keeps it for each of them.
         if source is not self.rotary_source:
             assert self.network is not None
+            assert self.network.head_dim is not None
             assert self.side is not None
             if not (isinstance(source, tuple) and len(source) == 2 and source[0].dim() == 3):
                 raise NotImplementedError(

@@ -194,7 +194,7 @@ def side_width(config: SideTuningConfig, spec: DecoderSpec) -> int:
     """Width d/r of the side network.
 
     Raises:
-        ValueError: when `r` does not divide the hidden size, or leaves an odd width where attention has rotary positions.
+        ValueError: when `r` does not divide the hidden size, or leaves an odd width to attention with rotary positions.
     """
     usable = [r for r in range(2, spec.hidden_size // 8 + 1) if _fits(config, spec, r)]
     if config.r not in usable:
