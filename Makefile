@@ -1,4 +1,4 @@
-.PHONY: demo test test-axolotl test-swift test-llamafactory test-lm-eval bench-cpu bench-gpu bench-docs format clean
+.PHONY: demo test test-axolotl test-swift test-llamafactory test-lm-eval bench-cpu bench-gpu bench-quality bench-docs format clean
 
 demo:  ## install in .venv and run the demo
 	bash scripts/demo.sh
@@ -38,8 +38,17 @@ bench-gpu:  ## every GPU grid, in pieces of nine minutes (status 75 means that m
 	$(PYTHON) -m benchmarks.generation --base llama-2-7b --four-bit --device cuda
 	$(PYTHON) -m benchmarks.tables
 
-bench-docs:  ## docs/benchmarks.md from the rows in benchmarks/results
+bench-docs:  ## docs/benchmarks.md and docs/quality.md from the rows in benchmarks/results
 	$(PYTHON) -m benchmarks.tables
+	$(PYTHON) -m benchmarks.quality.page
+
+DATA ?= data
+
+bench-quality:  ## what methods learn, and the search for the default; DATA is the folder of the tasks' files
+	$(PYTHON) -m benchmarks.quality.train --task gsm8k --data $(DATA) --methods side=1e-3 lora=1e-3 qlora=1e-3 \
+	    --rows 160 --evaluate-every 10 --choose-rows 32 --report 60
+	$(PYTHON) -m benchmarks.quality.levers --data $(DATA) --rows 320 --choose-rows 32
+	$(PYTHON) -m benchmarks.quality.page
 
 format:  ## apply the formatter and the linter's fixes
 	.venv/bin/ruff format .

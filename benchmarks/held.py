@@ -29,8 +29,8 @@ from benchmarks import bases, methods, rows
 from qtuning_peft.loss import supervised_loss
 
 METHODS = (
-    "side", "side-paper", "side-checkpointed", "side-int8", "side-int4", "side-recompute", "side-projection",
-    "side-lean", "lora", "lora-checkpointed", "full",
+    "side", "side-paper", "side-gated", "side-checkpointed", "side-int8", "side-int4", "side-recompute",
+    "side-projection", "side-lean", "lora", "lora-checkpointed", "full",
 )  # fmt: skip
 BASES = ("llama-2-7b", "llama-2-70b", "llama-3-8b")
 LENGTHS = (256, 512)

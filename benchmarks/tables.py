@@ -215,20 +215,20 @@ TABLES: dict[str, Callable[[Path], str]] = {
 }
 
 
-def filled(text: str, images: Path) -> str:
-    """`text` with every table in its place.
+def filled(text: str, images: Path, tables: dict[str, Callable[[Path], str]] = TABLES) -> str:
+    """`text` with every one of `tables` in its place.
 
     Raises:
         ValueError: when a mark names no table, or has no end.
     """
     for name in re.findall(r"^<!-- (?!end )(\S+) -->$", text, re.MULTILINE):
         start, end = f"<!-- {name} -->", f"<!-- end {name} -->"
-        if name not in TABLES:
-            raise ValueError(f"mark {name} names no table; use one of {', '.join(TABLES)}.")
+        if name not in tables:
+            raise ValueError(f"mark {name} names no table; use one of {', '.join(tables)}.")
         if end not in text:
             raise ValueError(f"mark {name} has no end; write {end} behind it.")
         before, rest = text.split(start, 1)
-        text = f"{before}{start}\n{TABLES[name](images)}\n{end}{rest.split(end, 1)[1]}"
+        text = f"{before}{start}\n{tables[name](images)}\n{end}{rest.split(end, 1)[1]}"
     return text
 
 

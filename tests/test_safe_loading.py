@@ -386,7 +386,7 @@ CONFIGS: list[tuple[Fields, str]] = [
     ({"downsample_rank": 65, "downsample": "lora"}, "downsample_rank is 65, more than the base's hidden size of 64"),
     ({"downsample_rank": True}, "downsample_rank is True;"),
     ({"num_side_heads": HUGE}, f"num_side_heads is {HUGE};"),
-    ({"num_side_heads": 2**19}, "num_side_heads is 524288, which does not split"),
+    ({"num_side_heads": 2**19, "side_attention": True}, "num_side_heads is 524288, which does not split"),
     ({"layers_to_transform": [HUGE]}, "give distinct block indices"),
     ({"layers_to_transform": [3]}, "layers_to_transform names block 3, but the base has blocks 0 to 2"),
     ({"layers_to_transform": list(range(10**5))}, "layers_to_transform names block 99999"),
@@ -423,7 +423,9 @@ CONFIGS: list[tuple[Fields, str]] = [
     ({"task_type": "CODE"}, "Invalid task type: 'CODE'"),
     ({"r": 8}, "has shape|lacks"),
     ({"downsample": "avgpool"}, "down.weight"),
-    ({"layers_to_transform": [0]}, "too many"),
+    ({"layers_to_transform": [0, 1]}, "lacks"),
+    ({"side_attention": True}, "lacks"),
+    ({"tap_every": 1}, "lacks"),
 ]  # fmt: skip
 
 
@@ -582,6 +584,8 @@ valid_options = st.fixed_dictionaries(
         "downsample_rank": st.integers(1, 2**20),
         "downsample_norm": st.booleans(),
         "num_side_heads": st.none() | st.integers(1, 2**20),
+        "side_attention": st.booleans(),
+        "tap_every": st.integers(1, 2**20),
         "layers_to_transform": st.none() | st.integers(0, 99) | st.lists(st.integers(0, 99), min_size=1, unique=True),
         "side_dropout": st.floats(0, 1, exclude_max=True),
         "mixing": st.sampled_from(MIXINGS),
@@ -592,7 +596,7 @@ valid_options = st.fixed_dictionaries(
         "tokenizer_fingerprint": st.none() | names,
         "task_type": st.sampled_from([None, "CAUSAL_LM", "SEQ_CLS"]),
     },
-)
+).map(lambda options: options | ({"side_attention": True} if options.get("num_side_heads") else {}))
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

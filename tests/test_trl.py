@@ -143,6 +143,7 @@ def run(folder: Path, name: str, content: dict[str, Any], *arguments: str) -> su
 
 def test_a_recipe_of_trl_becomes_ours_with_a_block(folder: Path, tmp_path: Path) -> None:
     recipe = settings(tmp_path / "out", eval_strategy="steps", eval_steps=4, save_steps=4, max_steps=8) | {
+        "learning_rate": 0.005,
         "model_name_or_path": str(folder / "model"), "dataset_name": str(folder / "chat"),
         "assistant_only_loss": True, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "hub_token": "hf_s3cret",
     }  # fmt: skip
@@ -160,7 +161,7 @@ def test_a_recipe_of_trl_becomes_ours_with_a_block(folder: Path, tmp_path: Path)
     # What the file, the command line and the log say of it is in its card, but nothing of this machine.
     card = ModelCard.load(out / "README.md")
     for known in (
-        "| pruning | kept 32 of 64 samples", "| steps | 8 |", "token_ratio: 0.7", "learning_rate: 0.02",
+        "| pruning | kept 32 of 64 samples", "| steps | 8 |", "token_ratio: 0.7", "learning_rate: 0.005",
         "weight_decay: 0.125", "load_in_4bit: true", "| machine | ", "MiB resident", "import qtuning_peft",
         "huggingface/trl",
     ):  # fmt: skip
@@ -265,6 +266,7 @@ def test_the_block_has_every_field_of_the_configuration() -> None:
         "layers_to_transform": [0, 2], "side_dropout": 0.1, "mixing": "paper", "compute_dtype": "bfloat16",
         "modules_to_save": ["score"], "target_modules": None, "trainable_token_indices": None,
         "base_hidden_size": 64, "base_num_layers": 4, "tokenizer_fingerprint": None, "tap_storage": "int4",
+        "side_attention": True, "tap_every": 2,
     }  # fmt: skip
     assert set(QSTBlock.model_fields) == set(chosen)
     config = read_block("qst", QSTBlock, chosen).peft_config()

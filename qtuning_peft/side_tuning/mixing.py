@@ -3,7 +3,7 @@
 Input gate of side block i, and output mixture, with t the tap, g the side state, f the final hidden state:
 
                 input gate                                      output
-    additive    x = t + g                                       h = f + up(g) + c W n(f),   up = W = 0 at the start
+    additive    x = t + g                                       h = f + up(g) + s W n(f),   up = 0, W = 0 at the start
     residual    x = (1-b) t + b g,  b = sigmoid(c), c = 0_d/r    h = f + up(g),                 up = 0 at the start
     paper       x = (1-b) t + b g,  b = sigmoid(c), c = 0        h = a f + (1-a) up(g),         a = 1
     reference   x = (1-b) t + b g,  b = sigmoid(c), c = 0.5_d/r  h = s f + (1-s) up(g),         s = sigmoid(1_d)
@@ -11,8 +11,8 @@ Input gate of side block i, and output mixture, with t the tap, g the side state
 `paper` is the publication (ACL 2024, section 3.3): scalar gates, a used as it is. `reference` is the authors' code:
 vector gates, and for LayerNorm families (OPT) the roles of f and up(g) are exchanged. The others are ours: `paper`
 gives the side network no gradient at the start (it is scaled by 1-a = 0) and `reference` does not start at the base.
-`additive` has no gates, which halve what early blocks saw at every further one, and a linear map W of the base's final
-state, n(f) = f / rms(f): what a linear map can learn of a task it learns in few steps, as all its features are there.
+`additive` has no gates, and a linear map W of n(f) = f / rms(f): all its features are there from the start, so what it
+can learn of a task it learns in few steps (docs/quality.md).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# A step of Adam moves W n(f) by about d times the learning rate, as all d signs may agree: c = CORRECTION_WIDTH / d, so
+# A step of Adam moves W n(f) by up to d times the learning rate, as all signs may agree: s = CORRECTION_WIDTH / d, so
 # that a rate which suits the side network suits W beside it, at every width. Chosen at d = 576.
 CORRECTION_WIDTH = 256
 # Of n(f); the default of a dtype would make another function of each.
