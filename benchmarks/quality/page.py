@@ -1,0 +1,142 @@
+"""The tables and plots of `docs/quality.md`, made from the rows in `benchmarks/results`.
+
+    python -m benchmarks.quality.page
+
+What a method learned against the time and the memory it took, and what every lever was expected to do and did.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import mean, stdev
+
+from benchmarks import rows
+from benchmarks.common import HERE, markdown
+from benchmarks.quality.levers import LEVERS
+from benchmarks.rows import Row
+from benchmarks.tables import filled, newest, not_measured, plot, source
+
+DOCUMENT = HERE.parent / "docs" / "quality.md"
+TRAIN, SEARCH = "python -m benchmarks.quality.train", "python -m benchmarks.quality.levers"
+
+
+def runs(reported: bool) -> list[list[Row]]:
+    """Rows of one task, method, rate and number of rows: the seeds; those that were reported, or chosen from."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows.read("quality"):
+        if (row["reported"] is not None) == reported:
+            group = tuple(str(row[name]) for name in ("task", "rows", "epochs", "method", "options", "learning_rate"))
+            groups.setdefault(group, []).append(row)
+    return [newest(group, lambda row: row["seed"]) for _, group in sorted(groups.items(), key=lambda item: item[0][:3])]
+
+
+def spread(values: Iterable[float]) -> str:
+    """Mean, and standard deviation where there are several."""
+    listed = list(values)
+    return f"{mean(listed):.4f}" + (f" ± {stdev(listed):.4f}" if len(listed) > 1 else "")
+
+
+def peaks() -> dict[str, float]:
+    """GiB at the peak of a step on the CPU, by method."""
+    found = [row for row in rows.read("steps") if row["base"] == "smollm2-135m" and not row["out_of_memory"]]
+    return {row["method"]: rows.peak(row) / 2**30 for row in found}
+
+
+def results(images: Path) -> str:
+    """What was reported, and the two plots."""
+    groups = runs(reported=True)
+    if not groups:
+        return not_measured(TRAIN)
+    memory = peaks()
+    lines = []
+    by_time: dict[str, list[tuple[float, float]]] = {}
+    by_memory: dict[str, list[tuple[float, float]]] = {}
+    for group in groups:
+        first = group[0]
+        held = f"{memory[first['method']]:.2f}" if first["method"] in memory else "-"
+        lines.append([
+            first["task"], first["rows"], first["method"], f"{first['learning_rate']:g}", len(group),
+            f"{first['trained_parameters'] / 1e6:.2f}", f"{mean(row['seconds'] for row in group):.0f}", held,
+            spread(row["chosen_by"] for row in group), spread(row["reported"] for row in group),
+        ])  # fmt: skip
+        if first["task"] == "gsm8k":
+            label = f"{first['method']}, {first['rows']} rows"
+            by_time[label] = [
+                (mean(p[2] for p in points), mean(p[3] for p in points))
+                for points in zip(*(row["curve"] for row in group), strict=True)
+            ]
+            if first["method"] in memory:
+                loss = mean(row["reported"] for row in group)
+                by_memory[label] = [(memory[first["method"]], loss)]
+    header = [
+        "task", "rows", "method", "learning rate", "seeds", "trained, million", "training, s", "peak of a step, GiB",
+        "rows to choose by", "reported",
+    ]  # fmt: skip
+    parts = [markdown(header, lines), source([row for group in groups for row in group], groups[-1][-1]["command"])]
+    axis = "held-out loss, nats per token"
+    parts.append(plot(images / "quality-time.svg", by_time, "training seconds", axis))
+    if by_memory:
+        parts.append(plot(images / "quality-memory.svg", by_memory, "peak memory of a step of 4 x 256, GiB", axis))
+    return "\n\n".join(parts)
+
+
+def rates(images: Path) -> str:
+    """Learning rates that were tried, shorter."""
+    groups = runs(reported=False)
+    if not groups:
+        return not_measured(TRAIN)
+    lines = [
+        [
+            group[0]["task"], group[0]["rows"], group[0]["method"], f"{group[0]['learning_rate']:g}",
+            f"{mean(row['seconds'] for row in group):.0f}", spread(row["chosen_by"] for row in group),
+        ]
+        for group in groups
+    ]  # fmt: skip
+    header = ["task", "rows", "method", "learning rate", "training, s", "rows to choose by"]
+    return "\n\n".join(
+        [markdown(header, lines), source([row for group in groups for row in group], groups[-1][-1]["command"])]
+    )
+
+
+def search(images: Path) -> str:
+    """Every lever: expected, and found."""
+    found = {row["name"]: row for row in rows.read("levers")}
+    if not found:
+        return not_measured(SEARCH)
+    lines = []
+    for lever in LEVERS:
+        row = found.get(lever.name)
+        if row is None:
+            lines.append([f"`{lever.name}`", lever.what, lever.predicted, "-", "-", "-", "not run"])
+            continue
+        lines.append([
+            f"`{lever.name}`", lever.what, lever.predicted, row["steps"], f"{row['trained_parameters'] / 1e6:.2f}",
+            f"{row['seconds']:.0f}", f"{row['loss_at_end']:.4f}",
+        ])  # fmt: skip
+    start = next(iter(found.values()))["loss_at_start"]
+    header = ["lever", "what", "expected", "steps", "trained, million", "seconds", "loss"]
+    return "\n\n".join([
+        f"Held-out nats per token; the base itself: {start:.4f}.",
+        markdown(header, lines), source(found.values(), list(found.values())[-1]["command"]),
+    ])  # fmt: skip
+
+
+TABLES: dict[str, Callable[[Path], str]] = {"results": results, "rates": rates, "levers": search}
+
+
+def main() -> None:
+    """Rewrite the document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--document", type=Path, default=DOCUMENT, help="a Markdown file with marks")
+    document = parser.parse_args().document
+    try:
+        text = filled(document.read_text(encoding="utf-8"), document.parent / "images", TABLES)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    document.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
