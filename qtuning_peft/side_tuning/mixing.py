@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 # A step of Adam moves W n(f) by up to d times the learning rate, as all signs may agree: s = CORRECTION_WIDTH / d, so
 # that a rate which suits the side network suits W beside it, at every width. Chosen at d = 576.
-CORRECTION_WIDTH = 256
+CORRECTION_WIDTH = 128
 # Of n(f); the default of a dtype would make another function of each.
 EPS = 1e-6
 

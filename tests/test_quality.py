@@ -1,0 +1,268 @@
+"""The yardstick of quality: tasks in their order, methods as they are written, and levers on kept states."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+REPOSITORY = Path(__file__).parent.parent
+if not (REPOSITORY / "benchmarks").is_dir():
+    pytest.skip("the benchmarks are not installed with the package", allow_module_level=True)
+sys.path.insert(0, str(REPOSITORY))
+
+from benchmarks import rows  # noqa: E402
+from benchmarks.quality import levers, states  # noqa: E402
+from benchmarks.quality.fit import Data, Rates, fit, optimizers  # noqa: E402
+from benchmarks.quality.learner import factor  # noqa: E402
+from benchmarks.quality.muon import orthogonal  # noqa: E402
+from benchmarks.quality.networks import Network, Options, SideAttention, Whitening, sampled  # noqa: E402
+from benchmarks.quality.tasks import Task  # noqa: E402
+from benchmarks.quality.train import parse  # noqa: E402
+
+VOCABULARY = 96
+
+
+@pytest.fixture(autouse=True)
+def _results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QTUNING_RESULTS", str(tmp_path / "results"))
+
+
+@pytest.fixture(scope="module")
+def base() -> LlamaForCausalLM:
+    """As many blocks as SmolLM2, and little else."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=30, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCABULARY, tie_word_embeddings=True, initializer_range=0.1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    model.model.norm.weight.uniform_(0.5, 1.5)  # a network must not forget it
+    return model
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    """Rows of several lengths: a prompt, and an answer that repeats one of two tokens."""
+    draw = torch.Generator().manual_seed(0)
+    encoded = []
+    for number in range(60):
+        prompt = torch.randint(3, VOCABULARY, (4 + number % 7,), generator=draw).tolist()
+        answer = [1 + number % 2] * (3 + number % 3)
+        encoded.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+    return Task("tiny", None, encoded[:40], encoded[40:], [], padding=0)
+
+
+@pytest.fixture(scope="module")
+def data(base: LlamaForCausalLM, task: Task) -> Data:
+    train = states.read(base, [task.batch(part) for part in task.epochs(40, 8, 1, seed=0)])
+    return Data(train, states.read(base, task.evaluated(task.choose, 8)), base.lm_head.weight)
+
+
+def names(batch: list[dict]) -> list[str]:
+    return [json.dumps(row) for row in batch]
+
+
+def test_an_epoch_has_each_row_at_most_once_and_the_same_seed_the_same_batches(task: Task) -> None:
+    batches = [names(batch) for batch in task.epochs(36, 8, 2, seed=3)]
+    assert len(batches) == 8
+    assert all(len(batch) == 8 for batch in batches)
+    for epoch in (batches[:4], batches[4:]):
+        seen = [name for batch in epoch for name in batch]
+        assert len(set(seen)) == len(seen) == 32
+        assert set(seen) <= set(names(task.train[:36]))
+    assert batches[:4] != batches[4:]
+    assert [names(batch) for batch in task.epochs(36, 8, 2, seed=3)] == batches
+    assert [names(batch) for batch in task.epochs(36, 8, 2, seed=4)] != batches
+
+
+def test_the_learning_rate_warms_up_for_a_tenth_and_ends_near_zero() -> None:
+    rates = [factor(step, 50) for step in range(50)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5] == max(rates)
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert 0 < rates[-1] < 0.01
+    assert factor(0, 1) == 1
+
+
+def test_a_method_is_read_with_its_options_and_its_rate() -> None:
+    method, rate = parse("side(r=4,layers_to_transform=[1,2])=2e-3")
+    assert (method.name, rate) == ("side", 2e-3)
+    assert method.arguments == {"r": 4, "layers_to_transform": [1, 2]}
+    assert parse("lora")[1] == parse("lora")[0].learning_rate
+    with pytest.raises(
+        ValueError, match=r"method is side\(r=4; give NAME, NAME=RATE or NAME\(FIELD=VALUE,...\)=RATE\."
+    ):
+        parse("side(r=4")
+    with pytest.raises(ValueError, match=r"method is nonsense; choose one of side, "):
+        parse("nonsense=1e-3")
+
+
+def test_kept_states_are_the_base_and_are_read_once(
+    base: LlamaForCausalLM, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = []
+    monkeypatch.setattr(states, "smollm2", lambda: loads.append(1) or (base, None))
+    train, choose = states.kept(task, 16, 8)
+    assert len(loads) == 1
+    assert [batch["input_ids"].tolist() for batch in choose] == [
+        batch["input_ids"].tolist() for batch in task.evaluated(task.choose[:8], 8)
+    ]
+    batch = train[0]
+    embeddings = base.model.embed_tokens(batch["input_ids"])
+    assert torch.equal(batch["taps"][0], embeddings.bfloat16())
+    assert batch["taps"].shape == (31, *embeddings.shape)
+    # The last is before the norm, and the norm's output is its own.
+    close = {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(base.model.norm(batch["taps"][-1].float()), batch["normed"].float(), **close)
+
+    again, _ = states.kept(task, 16, 8)
+    assert len(loads) == 1
+    assert torch.equal(again[1]["taps"], train[1]["taps"])
+    other = Task("tiny", None, task.train[::-1], task.choose, [], task.padding)
+    states.kept(other, 16, 8)
+    assert len(loads) == 2
+
+
+@pytest.mark.parametrize("lever", levers.LEVERS, ids=lambda lever: lever.name)
+def test_a_lever_starts_as_the_base_and_a_step_trains_all_of_it(
+    lever: levers.Lever, base: LlamaForCausalLM, data: Data
+) -> None:
+    torch.manual_seed(0)
+    network, batch = Network(lever.options, base, data.train), data.train[0]
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    final = network(batch["taps"], batch["normed"].float())
+    real = batch["attention_mask"].bool()
+    # Blocks that run again start from a rounded state.
+    close = {"rtol": 0.03, "atol": 0.03} if lever.options.late else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(final[real], batch["normed"].float()[real], **close)
+
+    covered = [p for optimizer in optimizers(network, lever.rates) for g in optimizer.param_groups for p in g["params"]]
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    assert sorted(map(id, covered)) == sorted(map(id, trained))
+    for _ in fit(data, network, lever.rates, steps=3, seed=0):
+        pass
+    frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]) == (name in frozen or "white" in name), name
+
+
+def test_no_position_sees_a_later_one(base: LlamaForCausalLM, data: Data) -> None:
+    batch = data.train[0]
+    for name in ("every-third-r4", "base-attention", "late-injection-6"):
+        (lever,) = levers.chosen([name])
+        network = Network(lever.options, base, data.train)
+        for parameter in network.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter)
+        changed = batch["taps"].clone()
+        changed[:, :, 5:] += 1
+        normed = batch["normed"].float()
+        torch.testing.assert_close(network(changed, normed)[:, :5], network(batch["taps"], normed)[:, :5])
+        assert not torch.allclose(network(changed, normed)[:, 5:], network(batch["taps"], normed)[:, 5:])
+
+
+def test_attention_counts_positions_relative_to_each_other() -> None:
+    torch.manual_seed(0)
+    attention, x = SideAttention(8), torch.randn(1, 1, 8).expand(1, 6, 8)
+    torch.testing.assert_close(attention(x, x), attention(x, x)[:, :1].expand(1, 6, 8))
+
+
+@pytest.mark.parametrize("white", [False, True])
+def test_a_linear_map_of_kept_states_lowers_the_loss(white: bool, base: LlamaForCausalLM, data: Data) -> None:
+    network = Network(Options(blocks=(), linear=(30,), white=white), base, data.train)
+    fitted = Data(data.train, data.train, base.lm_head.weight)
+    start = fitted.measure(network)
+    curve = list(fit(fitted, network, Rates(5e-3), steps=40, seed=0))
+    assert [step for step, _, _ in curve] == [10, 20, 30, 40]
+    assert curve[-1][2] < 0.7 * start
+
+
+def test_held_out_loss_is_the_base_s_own(base: LlamaForCausalLM, task: Task, data: Data) -> None:
+    measured = data.measure(Network(Options(blocks=()), base, data.train))
+    total = count = 0.0
+    for batch in task.evaluated(task.choose, 8):
+        tokens = int((batch["labels"] != -100).sum())
+        total, count = total + base(**batch).loss.item() * tokens, count + tokens
+    assert measured == pytest.approx(total / count, rel=0.01)
+
+
+def test_whitened_states_are_uncorrelated_and_of_like_size(data: Data) -> None:
+    sample = sampled(30, data.train)
+    white = Whitening(sample)(sample)
+    covariance = white.T @ white / len(white)
+    torch.testing.assert_close(covariance, torch.diag(covariance.diag()), rtol=0, atol=1e-3)
+    assert covariance.diag().max() <= 1.001
+    assert white.mean(0).abs().max() < 1e-3
+
+
+def test_muon_moves_every_direction_as_far() -> None:
+    torch.manual_seed(0)
+    for shape in ((12, 30), (30, 12)):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
+        assert values.min() > 0.6
+        assert values.max() < 1.3
+
+
+def test_side_networks_may_start_from_the_base(base: LlamaForCausalLM, data: Data) -> None:
+    (lever,) = levers.chosen(["from-base-weights"])
+    side = Network(lever.options, base, data.train).side
+    assert side is not None
+    weight = side.down[1].weight
+    assert torch.equal(weight.sum(1), torch.ones(16))
+    channels = weight.argmax(1)
+    assert len(channels.unique()) == 16
+    mlp, own = side.blocks[0].mlp, base.model.layers[2].mlp
+    rows_of_base = own.gate_proj.weight[:, channels]
+    assert all(any(torch.equal(row, other) for other in rows_of_base) for row in mlp.gate.weight)
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["levers", *words])
+    levers.main()
+
+
+def test_the_command_goes_on_where_it_stopped(
+    base: LlamaForCausalLM, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(levers, "smollm2_tokenizer", lambda: None)
+    monkeypatch.setattr(levers, "load", lambda *_: task)
+    monkeypatch.setattr(states, "smollm2", lambda: (base, None))
+    monkeypatch.setattr(states, "dequantized", lambda: base)
+    words = ("--rows", "16", "--steps", "2", "--choose-rows", "8", "--only", "linear-last", "three-epochs-linear")
+    command(monkeypatch, *words[:-1])
+    first = rows.read("levers")
+    command(monkeypatch, *words)
+    both = rows.read("levers")
+    command(monkeypatch, *words)
+    assert rows.read("levers") == both
+    assert both[0] == first[0]
+    assert [(row["name"], row["steps"]) for row in both] == [("linear-last", 2), ("three-epochs-linear", 6)]
+    for row in both:
+        assert row["loss_at_end"] == row["curve"][-1][-1] != row["loss_at_start"]
+        assert row["seconds"] > 0
+        assert row["trained_parameters"] == len(row["options"]["linear"]) * (64 * 64 + 64)
+        assert row["predicted"].endswith(".")
+
+
+def test_the_command_lists_and_refuses_in_a_sentence(
+    task: Task, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(monkeypatch, "--list")
+    assert len(capsys.readouterr().out.splitlines()) == len(levers.LEVERS) == len({x.name for x in levers.LEVERS})
+    monkeypatch.setattr(levers, "smollm2_tokenizer", lambda: None)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "--only", "lever")
+    assert "only is lever; choose from default-r8, " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command(monkeypatch)
+    assert "data is None, which has no gsm8k_train.jsonl; name a folder that has it." in capsys.readouterr().err
+    monkeypatch.setattr(levers, "load", lambda *_: task)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "--rows", "4")
+    assert "rows is 4; give 8 to 40." in capsys.readouterr().err
