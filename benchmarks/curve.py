@@ -24,7 +24,7 @@ from benchmarks.step import positive, seconds
 from qtuning_peft.demo.gsm8k import RightPadding, encode, read_rows
 from qtuning_peft.loss import IGNORE_INDEX, supervised_loss
 
-RATES = {"side": 1.5e-3, "side-lean": 1.5e-3, "lora": 5e-4, "qlora": 5e-4}
+RATES = {"side": 1e-3, "side-lean": 1e-3, "lora": 1e-3, "qlora": 1e-3}
 TRAIN_ROWS, MAX_LENGTH, BATCH = 200, 512, 4
 Batch = dict[str, Tensor]
 
