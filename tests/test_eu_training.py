@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, randomize_side_network, side_parameters, tiny, token_ids, word_tokenizer
+from conftest import EVERY_PART, FAMILIES, randomize_side_network, side_parameters, tiny, token_ids, word_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
@@ -186,7 +186,7 @@ def test_pruned_data_trains_in_trl_with_its_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "bloom"])
 def test_kept_states_give_the_same_step_as_the_base(family: str) -> None:
     torch.manual_seed(0)
-    model = get_peft_model(tiny(family), SideTuningConfig(r=2, task_type="CAUSAL_LM")).train()
+    model = get_peft_model(tiny(family), SideTuningConfig(r=2, task_type="CAUSAL_LM", **EVERY_PART)).train()
     randomize_side_network(model)
     input_ids = token_ids(4, 9)
     mask = torch.ones_like(input_ids)
@@ -325,7 +325,7 @@ def test_states_of_other_tokens_wait_and_generation_ignores_them() -> None:
 
 
 def test_recorded_states_are_the_base_alone() -> None:
-    model = adapted("qst")
+    model = get_peft_model(tiny(), SideTuningConfig(r=2, task_type="CAUSAL_LM", **EVERY_PART))
     randomize_side_network(model)
     input_ids = token_ids()
     states = base_states(model, input_ids)
