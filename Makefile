@@ -20,7 +20,7 @@ test-lm-eval:  ## the same for lm-evaluation-harness
 
 PYTHON ?= .venv/bin/python
 
-bench-cpu:  ## what can be measured without a GPU, in about 20 minutes on 2 idle cores, and docs/benchmarks.md
+bench-cpu:  ## what can be measured without a GPU, in about 17 minutes on 2 idle cores, and docs/benchmarks.md
 	$(PYTHON) -m benchmarks.held --base llama-3-8b
 	$(PYTHON) -m benchmarks.grid cpu --device cpu
 	$(PYTHON) -m benchmarks.curve --minutes 5 --test-rows 16 --evaluate-every 6
