@@ -232,13 +232,17 @@ def filled(text: str, images: Path, tables: dict[str, Callable[[Path], str]] = T
     return text
 
 
-def main() -> None:
-    """Rewrite the document."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--document", type=Path, default=DOCUMENT, help="a Markdown file with marks")
+def main(
+    document: Path = DOCUMENT,
+    tables: dict[str, Callable[[Path], str]] = TABLES,
+    description: str | None = __doc__,
+) -> None:
+    """Rewrite `document`, or what the command line names, with `tables`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--document", type=Path, default=document, help="a Markdown file with marks")
     document = parser.parse_args().document
     try:
-        text = filled(document.read_text(encoding="utf-8"), document.parent / "images")
+        text = filled(document.read_text(encoding="utf-8"), document.parent / "images", tables)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     document.write_text(text, encoding="utf-8")

@@ -7,7 +7,6 @@ What a method learned against the time and the memory it took, and what every le
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean, stdev
@@ -16,7 +15,7 @@ from benchmarks import rows
 from benchmarks.common import HERE, markdown
 from benchmarks.quality.levers import LEVERS
 from benchmarks.rows import Row
-from benchmarks.tables import filled, newest, not_measured, plot, source
+from benchmarks.tables import main, newest, not_measured, plot, source
 
 DOCUMENT = HERE.parent / "docs" / "quality.md"
 TRAIN, SEARCH = "python -m benchmarks.quality.train", "python -m benchmarks.quality.levers"
@@ -126,17 +125,5 @@ def search(images: Path) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {"results": results, "rates": rates, "levers": search}
 
 
-def main() -> None:
-    """Rewrite the document."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--document", type=Path, default=DOCUMENT, help="a Markdown file with marks")
-    document = parser.parse_args().document
-    try:
-        text = filled(document.read_text(encoding="utf-8"), document.parent / "images", TABLES)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
-    document.write_text(text, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    main(DOCUMENT, TABLES, __doc__)

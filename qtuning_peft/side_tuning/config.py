@@ -219,7 +219,9 @@ class SideTuningConfig(PeftConfig):
 
     @classmethod
     def paper(cls, **options: Any) -> SideTuningConfig:
-        """The side network as published (ACL 2024, section 3), whose output gate starts at one: no gate, no gradient.
+        """The side network as published (ACL 2024, section 3).
+
+        Its output gate starts at one, so that nothing but that gate has a gradient in the first step.
 
         Args:
             **options: Fields that differ.
