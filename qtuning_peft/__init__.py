@@ -6,19 +6,22 @@ and what they are made of choose training data on the Error-Uncertainty plane (Q
 """
 
 from ._register import register
+from .demonstrations import add_demonstrations
 from .eu_plane import EUPruner, EUPruningCallback, EUScorer, prune, score
 from .side_tuning import SideTuningConfig, SideTuningModel, fit_projections
-from .trainer import SideTuningTrainer
+from .trainer import SharePrefixCallback, SideTuningTrainer
 
 __version__ = "0.1.0"
 __all__ = [
     "EUPruner",
     "EUPruningCallback",
     "EUScorer",
+    "SharePrefixCallback",
     "SideTuningConfig",
     "SideTuningModel",
     "SideTuningTrainer",
     "__version__",
+    "add_demonstrations",
     "fit_projections",
     "prune",
     "score",

@@ -1,6 +1,7 @@
-"""`transformers.Trainer` with the loss of `loss`: nothing else about it is different.
+"""`transformers.Trainer` for side-tuned models: the loss of `loss`, and what all rows begin with computed once.
 
-TRL and Axolotl bring a loss of their own that holds no logits; this is for who uses `Trainer` itself.
+TRL and Axolotl bring a loss of their own that holds no logits; the trainer is for who uses `Trainer` itself, the
+callback for any of them.
 """
 
 from __future__ import annotations
@@ -8,15 +9,51 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .side_tuning.base_states import side_tuning_layer
+from .side_tuning.shared_prefix import common_prefix
+
+ROWS = 256
+
+
+class SharePrefixCallback(TrainerCallback):
+    """While training, computes once what all rows begin with: a system prompt, or demonstrations.
+
+    The prefix is found in the first 256 rows; a batch that begins otherwise, is packed, or padded at the left is
+    computed whole. Results are the same up to rounding. It comes to nothing where side blocks attend
+    (`side_attention`), or where no side network is.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the prefix in the training data."""
+        layer = side_tuning_layer(kwargs["model"])
+        data: Any = getattr(kwargs.get("train_dataloader"), "dataset", None)
+        # A stream's rows could not be given back.
+        if layer is not None and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+            layer.share_prefix(common_prefix(data[index] for index in range(min(ROWS, len(data)))))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let go of its keys and values."""
+        layer = side_tuning_layer(kwargs["model"])
+        if layer is not None:
+            layer.share_prefix([])
 
 
 class SideTuningTrainer(Trainer):
     """A `Trainer` for side-tuned causal language models that never holds the logits of a batch.
 
     Arguments are those of `transformers.Trainer`, and so are its results up to rounding. While training, the model's
-    output has a loss and no logits.
+    output has a loss and no logits. What all rows begin with is computed once, see `SharePrefixCallback`.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(SharePrefixCallback())
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As `Trainer` does, with the loss in pieces while training."""

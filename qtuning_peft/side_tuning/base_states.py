@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .forward_pass import ATTENTION_ARGUMENTS
+from .block import ATTENTION_ARGUMENTS
 
 if TYPE_CHECKING:
     from .layer import SideTuningLayer

@@ -22,6 +22,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .decoder import DecoderSpec
 
+# What attention implementations read beside the mask; the base's blocks pass them through as well.
+ATTENTION_ARGUMENTS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
 
 @dataclass
 class BlockInputs:

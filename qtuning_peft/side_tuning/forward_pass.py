@@ -18,16 +18,14 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from .block import BlockInputs, narrow_rotary
+from .block import ATTENTION_ARGUMENTS, BlockInputs, narrow_rotary
 from .network import SideNetwork
+from .shared_prefix import is_prefix, with_prefix
 from .tap_storage import RunBase, TapReader, TapStorage
 
 if TYPE_CHECKING:
     from .base_states import BaseStates
     from .layer import SideTuningLayer
-
-# What attention implementations read beside the mask; the base's blocks pass them through as well.
-ATTENTION_ARGUMENTS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 @dataclass
@@ -61,7 +59,7 @@ class ForwardPass:
         """What the base handed to `block`, for the side block beside it."""
         assert self.side is not None
         assert self.network is not None
-        if self.network.head_dim is None:
+        if not self.network.attends:
             return BlockInputs()
         inputs = BlockInputs(
             attention_mask=_on_device(arguments.get("attention_mask"), self.side.device),
@@ -115,12 +113,22 @@ class DecoderForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder as its own `forward` would, followed by `layer`."""
-        run_base = self._again(args, kwargs) if torch.is_grad_enabled() else None
+        input_ids: Any = kwargs.get("input_ids", args[0] if args else None)
         # Kept states are for training: generation has keys and values to store.
         if self.layer.training:
-            states = self.layer.take_waiting(kwargs.get("input_ids", args[0] if args else None), kwargs)
+            states = self.layer.take_waiting(input_ids, kwargs)
             if states is not None:
-                return self.layer.replay(states, run_base)
+                return self.layer.replay(states, self._again(args, kwargs) if torch.is_grad_enabled() else None)
+        prefix = self.layer.prefix_of(input_ids, kwargs) if len(args) < 2 else None
+        if prefix is None:
+            return self._followed(args, kwargs)
+        cache, hidden_states = prefix.computed(self.layer, self._run, input_ids.device)
+        rest = {name: prefix.without(kwargs[name]) if name == "position_ids" else kwargs[name] for name in kwargs}
+        rest |= {"input_ids": prefix.without(input_ids), "past_key_values": cache}
+        return with_prefix(hidden_states, self._followed((), rest))
+
+    def _followed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run_base = self._again(args, kwargs) if torch.is_grad_enabled() else None
         with self.layer.following(self.decoder, run_base):
             return self._run(*args, **kwargs)
 
@@ -135,7 +143,9 @@ class DecoderForward:
         # Not of the weights: off-loaded ones are nowhere.
         device_type = next(given_tensors, torch.empty(0)).device.type
         cache = kwargs.get("past_key_values")
-        continued = isinstance(cache, Cache) and cache.get_seq_length() > 0
+        # A shared prefix is as it was; other caches have been filled since.
+        shared = is_prefix(cache)
+        continued = isinstance(cache, Cache) and cache.get_seq_length() > 0 and not shared
         autocast = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
 
         def run_base(reader: TapReader) -> None:
@@ -144,7 +154,7 @@ class DecoderForward:
                     "tap_storage is recompute, and the pass continued one whose keys and values were given in "
                     "past_key_values; train without a cache, or set tap_storage to full."
                 )
-            given = {**kwargs, "use_cache": False, "past_key_values": None}
+            given = {**kwargs, "use_cache": False, "past_key_values": cache if shared else None}
             on, dtype = autocast
             with (
                 torch.no_grad(),

@@ -8,7 +8,7 @@ section 3: "gradients only flow in the side network"), whatever trainers do to t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from .config import SideTuningConfig
 from .decoder import DecoderSpec
 from .forward_pass import BlockHook, CurrentPass, DecoderForward, ForwardPass, bind, cache_in
 from .network import SideNetwork
+from .shared_prefix import SharedPrefix
 from .tap_storage import RunBase, TapReader
 
 MERGE_REFUSAL = (
@@ -60,6 +61,7 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         self._handles: list[RemovableHandle] = []
         self._decoder_forward: DecoderForward | None = None
         self.waiting_states: list[BaseStates] = []
+        self.shared_prefix: SharedPrefix | None = None
 
     def update_layer(self, adapter_name: str, config: SideTuningConfig, spec: DecoderSpec) -> None:
         """Add a side network named `adapter_name`.
@@ -168,7 +170,7 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
             return
         arguments = bind(block, args, kwargs)
         cache = cache_in(arguments)
-        if cache is not None and current.network.head_dim is not None:
+        if cache is not None and current.network.attends:
             layers = current.network.layers
             current.first_side_layer = attach_side_layers(
                 cache, self._num_base_layers, layers, adapter=self.active_adapters[0]
@@ -226,6 +228,20 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
                 del self.waiting_states[: index + 1]
                 return states
         return None
+
+    def share_prefix(self, input_ids: Sequence[int]) -> None:
+        """Compute the tokens `input_ids` once for all rows that begin with them; none for an empty list."""
+        self.shared_prefix = SharedPrefix(input_ids) if len(input_ids) else None
+
+    def prefix_of(self, input_ids: Any, arguments: dict[str, Any]) -> SharedPrefix | None:
+        """The shared prefix, if a pass over `input_ids` (batch, length) and `arguments` can leave it out."""
+        prefix, network = self.shared_prefix, self.active_network()
+        if prefix is None or self._current.recording is not None or (network is not None and network.attends):
+            return None
+        if arguments.get("use_cache") is None and not self.training:
+            # Whoever evaluates and says nothing about it may expect a cache.
+            arguments = {**arguments, "use_cache": getattr(getattr(self.decoder, "config", None), "use_cache", None)}
+        return prefix if prefix.begins(input_ids, arguments) else None
 
     def replay(self, states: BaseStates, run_base: RunBase | None) -> Any:
         """What the decoder returns for kept states: the side network runs, the base does not; `run_base` as above."""

@@ -78,6 +78,11 @@ class SideNetwork(nn.Module):
         return config.mixing == "reference" and spec.centered_norm
 
     @property
+    def attends(self) -> bool:
+        """Whether side blocks attend: they then need positions, masks, and keys and values of what went before."""
+        return self.head_dim is not None
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
         return self.mix.up_proj.weight.dtype

@@ -1,0 +1,289 @@
+"""What all rows begin with, computed once: loss and gradient are those of the whole rows, in every family."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, config_of, randomize_side_network, side_parameters, tiny, token_ids, word_tokenizer
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import AutoModelForSequenceClassification, TrainingArguments
+
+from qtuning_peft import SharePrefixCallback, SideTuningConfig, SideTuningTrainer, add_demonstrations
+from qtuning_peft.demo.gsm8k import RightPadding
+from qtuning_peft.loss import supervised_loss
+from qtuning_peft.side_tuning.base_states import side_tuning_layer
+from qtuning_peft.side_tuning.decoder import find_decoder
+from qtuning_peft.side_tuning.shared_prefix import common_prefix
+
+PREFIX = 20
+TEMPLATE = "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}"
+
+
+def side_tuned(family: str = "llama", **fields: Any) -> Any:
+    model = get_peft_model(tiny(family), SideTuningConfig(r=4, tap_every=1, task_type="CAUSAL_LM", **fields)).train()
+    randomize_side_network(model)
+    return model
+
+
+def layer_of(model: Any) -> Any:
+    layer = side_tuning_layer(model)
+    assert layer is not None
+    return layer
+
+
+def batch(prefix: int = PREFIX) -> dict[str, torch.Tensor]:
+    """Three rows of unequal lengths, padded at the right, that begin alike."""
+    ids = token_ids(3, 32)
+    ids[:, :prefix] = ids[0, :prefix]
+    mask = torch.ones_like(ids)
+    mask[1, 29:] = 0
+    mask[2, 25:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, : prefix + 1] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def loss_and_gradients(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = supervised_loss(model, **inputs)
+    loss.backward()
+    return loss.item(), {
+        name: parameter.grad.clone() for name, parameter in side_parameters(model).items() if parameter.grad is not None
+    }
+
+
+def passed_lengths(model: Any) -> list[int]:
+    """Lengths of what the first block of the base is given from now on."""
+    lengths: list[int] = []
+    find_decoder(model.get_base_model()).blocks[0].register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
+        with_kwargs=True,
+    )
+    return lengths
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradient_are_those_of_whole_rows(family: str) -> None:
+    """Whatever positions and masks a family has, windows shorter than the prefix included."""
+    model, inputs = side_tuned(family), batch()
+    loss, gradients = loss_and_gradients(model, inputs)
+    layer_of(model).share_prefix(inputs["input_ids"][0, :PREFIX].tolist())
+    lengths = passed_lengths(model)
+    for _ in range(2):  # the second time from what is kept
+        shared_loss, shared = loss_and_gradients(model, inputs)
+        assert shared_loss == pytest.approx(loss, rel=1e-5)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(shared[name], gradient, rtol=1e-3, atol=1e-5)
+    assert lengths == [PREFIX, 12, 12]
+
+
+@pytest.mark.parametrize("storage", ["int8", "recompute"])
+def test_however_taps_are_held(storage: str) -> None:
+    """A second pass of the base for the taps finds the prefix as the first did."""
+    model, inputs = side_tuned(tap_storage=storage), batch()
+    loss, gradients = loss_and_gradients(model, inputs)
+    layer_of(model).share_prefix(inputs["input_ids"][0, :PREFIX].tolist())
+    shared_loss, shared = loss_and_gradients(model, inputs)
+    assert shared_loss == pytest.approx(loss, rel=1e-4)
+    name = max(gradients, key=lambda name: float(gradients[name].norm()))
+    difference = (shared[name] - gradients[name]).norm() / gradients[name].norm()
+    assert difference < (0.02 if storage == "int8" else 1e-4)
+
+
+def other_rows(name: str) -> dict[str, torch.Tensor]:
+    inputs = batch()
+    if name == "another beginning":
+        inputs["input_ids"][1, 3] = 3 + (inputs["input_ids"][1, 3] - 2) % 90
+    elif name == "padding at the left":
+        inputs["attention_mask"][2] = inputs["attention_mask"][2].flip(0)
+    elif name == "packed":
+        del inputs["attention_mask"]
+        inputs["position_ids"] = torch.cat([torch.arange(24), torch.arange(8)]).expand(3, -1)
+    return inputs
+
+
+@pytest.mark.parametrize("name", ["another beginning", "padding at the left", "packed"])
+def test_other_batches_are_computed_whole(name: str) -> None:
+    """Bit for bit as if no prefix had been named."""
+    model, inputs = side_tuned(), other_rows(name)
+    loss, _ = loss_and_gradients(model, inputs)
+    layer_of(model).share_prefix(batch()["input_ids"][0, :PREFIX].tolist())
+    lengths = passed_lengths(model)
+    assert loss_and_gradients(model, inputs)[0] == loss
+    assert lengths == [32]
+
+
+def test_side_blocks_that_attend_see_whole_rows() -> None:
+    """They attend to the prefix, with keys and values that training changes."""
+    model, inputs = side_tuned(side_attention=True), batch()
+    layer_of(model).share_prefix(inputs["input_ids"][0, :PREFIX].tolist())
+    lengths = passed_lengths(model)
+    loss_and_gradients(model, inputs)
+    assert lengths == [32]
+
+
+def test_generation_and_caches_are_left_alone() -> None:
+    """Generation and whoever asks for a cache get the model's own."""
+    model, inputs = side_tuned().eval(), batch()
+    ids = inputs["input_ids"][:1, :25]
+    expected = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+    layer_of(model).share_prefix(ids[0, :PREFIX].tolist())
+    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=5, do_sample=False), expected)
+    assert model(input_ids=ids).past_key_values.get_seq_length() == 25
+
+
+def test_a_classifier_reads_the_last_token_of_whole_rows() -> None:
+    """Logits of a classification head, whose padding is counted in whole rows."""
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_config(config_of("llama", num_labels=2))
+    model: Any = get_peft_model(base, SideTuningConfig(r=4, task_type="SEQ_CLS")).train()
+    randomize_side_network(model)
+    inputs = {name: value for name, value in batch().items() if name != "labels"}
+    expected = model(**inputs).logits
+    layer_of(model).share_prefix(inputs["input_ids"][0, :PREFIX].tolist())
+    lengths = passed_lengths(model)
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+    assert lengths == [PREFIX, 12]
+
+
+def test_a_model_is_copied_without_what_was_kept() -> None:
+    """A copy computes the prefix itself."""
+    model, inputs = side_tuned(), batch()
+    layer_of(model).share_prefix(inputs["input_ids"][0, :PREFIX].tolist())
+    loss, _ = loss_and_gradients(model, inputs)
+    assert loss_and_gradients(copy.deepcopy(model), inputs)[0] == pytest.approx(loss, rel=1e-6)
+    assert not pickle.loads(pickle.dumps(layer_of(model).shared_prefix))._computed
+
+
+def rows_of(inputs: dict[str, torch.Tensor]) -> list[dict[str, list[int]]]:
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    return [
+        {name: inputs[name][index, :length].tolist() for name in ("input_ids", "labels")}
+        for index, length in enumerate(lengths)
+    ]
+
+
+def test_the_prefix_ends_before_what_predicts_a_supervised_token() -> None:
+    """So that every hidden state with a loss behind it is computed in its row."""
+    rows = rows_of(batch())
+    assert common_prefix(rows) == rows[0]["input_ids"][:PREFIX]
+    earlier = [{**row, "labels": [-100] * 18 + row["input_ids"][18:]} for row in rows]
+    assert common_prefix(earlier) == rows[0]["input_ids"][:17]
+    completions = [{"input_ids": row["input_ids"], "completion_mask": [0] * 18 + [1] * 7} for row in rows]
+    assert common_prefix(completions) == rows[0]["input_ids"][:17]
+    assert common_prefix([{"input_ids": row["input_ids"]} for row in rows]) == []
+    assert common_prefix([{**row, "labels": row["input_ids"]} for row in rows]) == []
+    assert common_prefix([]) == []
+
+
+def test_the_trainer_shares_what_its_rows_begin_with(tmp_path: Any) -> None:
+    """Two steps end at the weights of two steps over whole rows; afterwards nothing is kept."""
+    rows = rows_of(batch())
+    weights = []
+    for shared in (True, False):
+        model = side_tuned()
+        trainer = SideTuningTrainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=3, learning_rate=1e-2,
+                use_cpu=True, report_to="none", save_strategy="no", remove_unused_columns=False,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            data_collator=RightPadding(0),
+        )  # fmt: skip
+        if not shared:
+            trainer.remove_callback(SharePrefixCallback)
+        lengths = passed_lengths(model)
+        trainer.train()
+        assert lengths == ([PREFIX, 12, 12] if shared else [32, 32])
+        assert layer_of(model).shared_prefix is None
+        weights.append({name: value.detach().clone() for name, value in side_parameters(model).items()})
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-4)
+
+
+# -- demonstrations ----------------------------------------------------------------------------------------------------
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(contents)]
+
+
+def test_demonstrations_come_behind_the_system_prompt() -> None:
+    """In whatever is rendered, whatever characters they have; also from a saved tokenizer."""
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "\n" + TEMPLATE
+    shown = turns('a "quoted" {{ question }}\n\\n', "ein Ä, 🙂 {% raw %}")
+    question = turns("q")
+    system = [{"role": "system", "content": "s"}]
+    expected = [
+        tokenizer.apply_chat_template(messages, tokenize=False)
+        for messages in (shown + question, system + shown + question)
+    ]
+    add_demonstrations(tokenizer, shown)
+    assert tokenizer.apply_chat_template(question, tokenize=False) == expected[0]
+    assert tokenizer.apply_chat_template(system + question, tokenize=False) == expected[1]
+
+
+@pytest.mark.parametrize(
+    ("messages", "template", "sentence"),
+    [
+        ([], TEMPLATE, "messages are 0 turns"),
+        (turns("a"), TEMPLATE, "messages are 1 turns"),
+        (turns("a", "b")[::-1], TEMPLATE, r"messages\[0\] has role 'assistant'"),
+        ([{"role": "user", "content": ["a"]}, *turns("a", "b")[1:]], TEMPLATE, "content of type list"),
+        (turns("a", "b"), None, "chat_template is unset"),
+    ],
+)
+def test_demonstrations_that_are_none(messages: Any, template: str | None, sentence: str) -> None:
+    """One sentence, and the template is as it was."""
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=sentence):
+        add_demonstrations(tokenizer, messages)
+    assert tokenizer.chat_template == template
+
+
+def test_demonstrations_twice_are_refused() -> None:
+    """They would be rendered twice."""
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    add_demonstrations(tokenizer, turns("a", "b"))
+    with pytest.raises(ValueError, match="has demonstrations already"):
+        add_demonstrations(tokenizer, turns("c", "d"))
+
+
+def test_trl_renders_demonstrations_and_computes_them_once(tmp_path: Any) -> None:
+    """`SFTTrainer` on prompts and completions: the examples are in every row, and not supervised."""
+    trl = pytest.importorskip("trl")
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ ('w1 ' if m['role'] == 'user' else 'w2 ') + m['content'] + ' ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'w2 ' }}{% endif %}"
+    )
+    add_demonstrations(tokenizer, turns("w5 w6 w7", "w8 w9 w8 w9", "w6 w6 w7", "w9 w9 w8 w8"))
+    rows = [
+        {"prompt": turns(f"w{20 + index} w4"), "completion": turns("", f"w{30 + index} w3 w3")[1:]}
+        for index in range(4)
+    ]
+    model = side_tuned()
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, use_cpu=True, bf16=False,
+            report_to="none", save_strategy="no", gradient_checkpointing=False,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[SharePrefixCallback()],
+    )  # fmt: skip
+    lengths = passed_lengths(model)
+    trainer.train()
+    # Two examples of 9 tokens and the marker of the question; then its two words, a marker, the answer and its end.
+    assert lengths[0] == 19
+    assert lengths[1] < 10
