@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import word_tokenizer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -22,7 +23,7 @@ from benchmarks.quality.fit import Data, Rates, fit, optimizers  # noqa: E402
 from benchmarks.quality.learner import factor  # noqa: E402
 from benchmarks.quality.muon import orthogonal  # noqa: E402
 from benchmarks.quality.networks import Network, Options, SideAttention, Whitening, sampled  # noqa: E402
-from benchmarks.quality.tasks import Task  # noqa: E402
+from benchmarks.quality.tasks import Task, load  # noqa: E402
 from benchmarks.quality.train import parse  # noqa: E402
 
 VOCABULARY = 96
@@ -91,16 +92,41 @@ def test_the_learning_rate_warms_up_for_a_tenth_and_ends_near_zero() -> None:
 
 
 def test_a_method_is_read_with_its_options_and_its_rate() -> None:
-    method, rate = parse("side(r=4,layers_to_transform=[1,2])=2e-3")
-    assert (method.name, rate) == ("side", 2e-3)
-    assert method.arguments == {"r": 4, "layers_to_transform": [1, 2]}
-    assert parse("lora")[1] == parse("lora")[0].learning_rate
+    entrant = parse("side(r=4,demonstrations=3,four_bit=False,layers_to_transform=[1,2])=2e-3")
+    assert (entrant.method.name, entrant.rate, entrant.demonstrations) == ("side", 2e-3, 3)
+    assert entrant.method.arguments == {"r": 4, "layers_to_transform": [1, 2]}
+    assert not entrant.method.four_bit
+    assert parse("side").method.four_bit
+    assert parse("lora").rate == parse("lora").method.learning_rate
     with pytest.raises(
         ValueError, match=r"method is side\(r=4; give NAME, NAME=RATE or NAME\(FIELD=VALUE,...\)=RATE\."
     ):
         parse("side(r=4")
     with pytest.raises(ValueError, match=r"method is nonsense; choose one of side, "):
         parse("nonsense=1e-3")
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "sst2"])
+def test_worked_examples_precede_every_row_and_change_no_order(name: str, tmp_path: Path) -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
+    texts = [{"question": f"w{n} " * (1 + n % 9), "answer": f"w{90 - n}"} for n in range(40)]
+    sentences = [{"sentence": row["question"], "label": n % 2} for n, row in enumerate(texts)]
+    for part in ("train", "dev", "test"):
+        for file, written in ((f"gsm8k_{part}", texts * 200), (f"sst2_sentence_{part}", sentences)):
+            (tmp_path / f"{file}.jsonl").write_text("\n".join(map(json.dumps, written)))
+    plain, shown = (load(name, tokenizer, tmp_path, number) for number in (0, 3))
+    assert plain.demonstrations == 0
+    assert shown.demonstrations > 6
+    examples = shown.train[0]["input_ids"][: shown.demonstrations]
+    for mine, theirs in zip(plain.train[:40], shown.train[:40], strict=True):
+        assert theirs["input_ids"] == examples + mine["input_ids"]
+        assert theirs["labels"] == ([-100] * len(examples) + mine["labels"] if name == "gsm8k" else mine["labels"])
+    orders = [
+        [[row["input_ids"][task.demonstrations :] for row in batch] for batch in task.epochs(40, 8, 1, 0)]
+        for task in (plain, shown)
+    ]
+    assert orders[0] == orders[1]
 
 
 def test_kept_states_are_the_base_and_are_read_once(

@@ -178,6 +178,7 @@ def test_the_prefix_ends_before_what_predicts_a_supervised_token() -> None:
     assert common_prefix(completions) == rows[0]["input_ids"][:17]
     assert common_prefix([{"input_ids": row["input_ids"]} for row in rows]) == []
     assert common_prefix([{**row, "labels": row["input_ids"]} for row in rows]) == []
+    assert common_prefix([{"input_ids": row["input_ids"], "label": 1} for row in rows]) == rows[0]["input_ids"][:PREFIX]
     assert common_prefix([]) == []
 
 

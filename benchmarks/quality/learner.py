@@ -18,6 +18,9 @@ from benchmarks.common import NF4, checkpoint, smollm2
 from benchmarks.quality.tasks import Batch, Task
 from benchmarks.step import seconds
 from qtuning_peft.loss import IGNORE_INDEX, supervised_loss
+from qtuning_peft.side_tuning.base_states import side_tuning_layer
+from qtuning_peft.side_tuning.shared_prefix import common_prefix
+from qtuning_peft.trainer import ROWS
 
 WARM_UP = 0.1
 
@@ -49,6 +52,10 @@ class Learner:
         self.model = methods.apply(method, base, "CAUSAL_LM" if task.labels is None else "SEQ_CLS")
         self.optimizer = methods.optimizer(method, self.model, rate)
         self.device = next(self.model.parameters()).device
+        if method.is_side:
+            layer = side_tuning_layer(self.model)
+            assert layer is not None
+            layer.share_prefix(common_prefix(task.train[:ROWS]))
 
     def step(self, batch: Batch) -> None:
         """One step; the clock runs."""
@@ -56,7 +63,7 @@ class Learner:
             group["lr"] = self.rate * factor(self.step_number, self.steps)
         self.clock += seconds(lambda: self._step(batch))
         self.step_number += 1
-        self.tokens += int(batch["attention_mask"].sum())
+        self.tokens += int(batch["attention_mask"].sum()) - len(batch["labels"]) * self.task.demonstrations
 
     def _step(self, batch: Batch) -> None:
         self._loss(batch).backward()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtuning_peft import add_demonstrations
 from qtuning_peft.demo.gsm8k import RightPadding, encode, prompt_of
 
 MAX_LENGTH = 512
@@ -42,6 +44,7 @@ class Task:
         labels: Number of classes; none where the answer is text.
         train, choose, report: Rows with `input_ids` and `labels`; of a class, `labels` is one integer.
         padding: Token id that fills a batch.
+        demonstrations: Tokens of the worked examples that every row begins with, the system prompt aside.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Task:
     choose: list[Encoded]
     report: list[Encoded]
     padding: int
+    demonstrations: int = 0
 
     def batch(self, rows: list[Encoded]) -> Batch:
         """`input_ids`, `attention_mask` (batch, length) and `labels`, of that shape or (batch,), int64."""
@@ -81,15 +85,50 @@ def by_length(rows: list[Encoded]) -> list[Encoded]:
     return sorted(rows, key=lambda row: len(row["input_ids"]))
 
 
-def load(name: str, tokenizer: Any, folder: Path | None) -> Task:
+@dataclass(frozen=True)
+class Texts:
+    """A task's rows with `question`, `answer` and, where there are classes, `label`; `labels` counts the classes."""
+
+    train: list[dict[str, Any]]
+    choose: list[dict[str, Any]]
+    report: list[dict[str, Any]]
+    labels: int | None = None
+
+
+def load(name: str, tokenizer: Any, folder: Path | None, demonstrations: int = 0) -> Task:
     """The task called `name`.
+
+    Args:
+        name: Its name.
+        tokenizer: A chat model's.
+        folder: Where its files are.
+        demonstrations: Worked examples before every row: the last of those to train on, which short runs do not reach.
 
     Raises:
         ValueError: when there is none, or its files are not in `folder`.
     """
     if name not in TASKS:
         raise ValueError(f"task is {name}; choose one of {', '.join(TASKS)}.")
-    return TASKS[name](tokenizer, folder)
+    texts, shown = TASKS[name](folder), copy(tokenizer)
+    if demonstrations:
+        examples = texts.train[-demonstrations:]
+        turns = [(role, row[key]) for row in examples for role, key in (("user", "question"), ("assistant", "answer"))]
+        add_demonstrations(shown, [{"role": role, "content": content} for role, content in turns])
+    before = len(_prompt(shown, "")) - len(_prompt(tokenizer, ""))
+
+    def encoded(row: dict[str, Any]) -> Encoded:
+        if texts.labels is None:
+            return encode(shown, row, before + MAX_LENGTH)
+        prompt = _prompt(shown, row["question"])
+        return {"input_ids": prompt[:before] + prompt[before:][-MAX_LENGTH:], "labels": row["label"]}
+
+    parts = [[encoded(row) for row in part] for part in (texts.train, texts.choose, texts.report)]
+    return Task(name, texts.labels, *parts, padding=tokenizer.pad_token_id, demonstrations=before)
+
+
+def _prompt(tokenizer: Any, question: str) -> list[int]:
+    ids: list[int] = tokenizer(prompt_of(tokenizer, question), add_special_tokens=False).input_ids
+    return ids
 
 
 def _read(folder: Path | None, name: str) -> list[dict[str, Any]]:
@@ -99,56 +138,44 @@ def _read(folder: Path | None, name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
 
 
-def _gsm8k(tokenizer: Any, folder: Path | None) -> Task:
-    train, test = _read(folder, "gsm8k_train.jsonl"), _read(folder, "gsm8k_test.jsonl")[:300]
-    rows = [[encode(tokenizer, row, MAX_LENGTH) for row in part] for part in (train[:7000], train[7000:], test)]
-    return Task("gsm8k", None, *rows, padding=tokenizer.pad_token_id)
+def _gsm8k(folder: Path | None) -> Texts:
+    train, test = _read(folder, "gsm8k_train.jsonl"), _read(folder, "gsm8k_test.jsonl")
+    return Texts(train[:7000], train[7000:], test[:300])
 
 
-def _dolly(tokenizer: Any, folder: Path | None) -> Task:
+def _dolly(folder: Path | None) -> Texts:
     rows = [
-        encode(
-            tokenizer,
-            {"question": f"{row['instruction']}\n\n{row['input']}".strip(), "answer": row["output"]},
-            MAX_LENGTH,
-        )
+        {"question": f"{row['instruction']}\n\n{row['input']}".strip(), "answer": row["output"]}
         for row in _read(folder, "dolly_3k.jsonl")
     ]
-    return Task("dolly", None, rows[:2396], rows[2396:2696], rows[2696:2996], padding=tokenizer.pad_token_id)
+    return Texts(rows[:2396], rows[2396:2696], rows[2696:2996])
 
 
-def _classes(tokenizer: Any, rows: list[dict[str, Any]], question: Callable[[dict[str, Any]], str]) -> list[Encoded]:
-    return [
-        {
-            "input_ids": tokenizer(prompt_of(tokenizer, question(row)), add_special_tokens=False).input_ids[
-                -MAX_LENGTH:
-            ],
-            "labels": _label(row["label"]),
-        }
-        for row in rows
-    ]
+def _sst2(folder: Path | None) -> Texts:
+    def read(part: str) -> list[dict[str, Any]]:
+        return [
+            {
+                "question": f"Is the sentiment of this sentence positive or negative?\n\n{row['sentence']}",
+                "answer": ("negative", "positive")[int(row["label"])],
+                "label": int(row["label"]),
+            }
+            for row in _read(folder, f"sst2_sentence_{part}.jsonl")
+        ]
+
+    return Texts(read("train"), read("dev"), read("test"), labels=2)
 
 
-def _label(value: Any) -> int:
-    return {"entailment": 0, "not_entailment": 1}[value] if value in ("entailment", "not_entailment") else int(value)
+def _rte(folder: Path | None) -> Texts:
+    def read(part: str) -> list[dict[str, Any]]:
+        found = []
+        for row in _read(folder, f"rte_{part}.jsonl"):
+            label = {"entailment": 0, "not_entailment": 1}.get(row["label"], row["label"])
+            question = f"{row['premise']}\n\nDoes it follow that {row['hypothesis'].rstrip('.')}?"
+            found.append({"question": question, "answer": ("yes", "no")[int(label)], "label": int(label)})
+        return found
+
+    train = read("train")
+    return Texts(train[:-300], train[-300:], read("dev"), labels=2)
 
 
-def _sst2(tokenizer: Any, folder: Path | None) -> Task:
-    def question(row: dict[str, Any]) -> str:
-        return f"Is the sentiment of this sentence positive or negative?\n\n{row['sentence']}"
-
-    rows = [
-        _classes(tokenizer, _read(folder, f"sst2_sentence_{part}.jsonl"), question) for part in ("train", "dev", "test")
-    ]
-    return Task("sst2", 2, *rows, padding=tokenizer.pad_token_id)
-
-
-def _rte(tokenizer: Any, folder: Path | None) -> Task:
-    def question(row: dict[str, Any]) -> str:
-        return f"{row['premise']}\n\nDoes it follow that {row['hypothesis'].rstrip('.')}?"
-
-    train, dev = (_classes(tokenizer, _read(folder, f"rte_{part}.jsonl"), question) for part in ("train", "dev"))
-    return Task("rte", 2, train[:-300], train[-300:], dev, padding=tokenizer.pad_token_id)
-
-
-TASKS: dict[str, Callable[[Any, Path | None], Task]] = {"gsm8k": _gsm8k, "dolly": _dolly, "sst2": _sst2, "rte": _rte}
+TASKS: dict[str, Callable[[Path | None], Texts]] = {"gsm8k": _gsm8k, "dolly": _dolly, "sst2": _sst2, "rte": _rte}

@@ -3,7 +3,8 @@
     python -m benchmarks.quality.train --task gsm8k --data FOLDER --methods side=2e-3 lora=5e-4 --rows 400
 
 SmolLM2-135M-Instruct. Methods take their steps in turn. A method may carry a configuration of its own, as in
-`side(r=4,downsample=linear)=2e-3`. Rows go to `results/quality.jsonl`, each with its whole curve. A run whose row is
+`side(r=4,downsample=linear)=2e-3`, a base in float32, as in `side(four_bit=False)`, and worked examples before every
+row, as in `side(demonstrations=4)`. Rows go to `results/quality.jsonl`, each with its whole curve. A run whose row is
 there already is not repeated, so that a stopped command goes on when it is given again.
 """
 
@@ -13,7 +14,7 @@ import argparse
 import ast
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,23 @@ from tqdm import tqdm
 from benchmarks import methods, rows
 from benchmarks.common import smollm2_tokenizer
 from benchmarks.quality.learner import Learner
-from benchmarks.quality.tasks import TASKS, load
+from benchmarks.quality.tasks import TASKS, Task, load
 from benchmarks.step import positive
 
 NAME = "quality"
 
 
-def parse(text: str) -> tuple[methods.Method, float]:
-    """A method and its learning rate from `NAME`, `NAME=RATE` or `NAME(FIELD=VALUE,...)=RATE`.
+@dataclass(frozen=True)
+class Entrant:
+    """A method, its learning rate, and the worked examples it sees before every row."""
+
+    method: methods.Method
+    rate: float
+    demonstrations: int = 0
+
+
+def parse(text: str) -> Entrant:
+    """An entrant from `NAME`, `NAME=RATE` or `NAME(FIELD=VALUE,...)=RATE`.
 
     Raises:
         ValueError: when it is no such text, or names no method.
@@ -38,9 +48,12 @@ def parse(text: str) -> tuple[methods.Method, float]:
     if found is None:
         raise ValueError(f"method is {text}; give NAME, NAME=RATE or NAME(FIELD=VALUE,...)=RATE.")
     method = methods.find(found[1])
-    given = dict(part.split("=", 1) for part in re.split(r",(?![^\[]*\])", found[2]) if found[2]) if found[2] else {}
-    arguments = {**method.arguments, **{name: _value(value) for name, value in given.items()}}
-    return replace(method, arguments=arguments), float(found[3] or method.learning_rate)
+    parts = re.split(r",(?![^\[]*\])", found[2]) if found[2] else []
+    given = {name: _value(value) for name, _, value in (part.partition("=") for part in parts)}
+    demonstrations = given.pop("demonstrations", 0)
+    four_bit = given.pop("four_bit", method.four_bit)
+    method = replace(method, four_bit=four_bit, arguments={**method.arguments, **given})
+    return Entrant(method, float(found[3] or method.learning_rate), demonstrations)
 
 
 def _value(text: str) -> Any:
@@ -52,8 +65,8 @@ def _value(text: str) -> Any:
 
 def key(row: rows.Row) -> str:
     """What identifies a run, beside the machine."""
-    names = ("task", "method", "options", "learning_rate", "seed", "rows", "epochs", "batch")
-    return json.dumps({name: row[name] for name in names}, sort_keys=True)
+    names = ("task", "method", "options", "learning_rate", "demonstrations", "seed", "rows", "epochs", "batch")
+    return json.dumps({name: row.get(name, 0) for name in names}, sort_keys=True)
 
 
 def main() -> None:
@@ -71,52 +84,62 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of data order and new weights (0)")
     arguments = parser.parse_args()
     try:
-        task = load(arguments.task, smollm2_tokenizer(), arguments.data)
         wanted = [parse(text) for text in arguments.methods]
+        tokenizer = smollm2_tokenizer()
+        numbers = {entrant.demonstrations for entrant in wanted}
+        tasks = {number: load(arguments.task, tokenizer, arguments.data, number) for number in numbers}
     except ValueError as error:
         parser.error(str(error))
 
     for seed in arguments.seeds:
-        train(task, wanted, seed, arguments)
+        train(tasks, wanted, seed, arguments)
 
 
-def train(task: Any, wanted: list[tuple[methods.Method, float]], seed: int, arguments: argparse.Namespace) -> None:
-    """One seed of every method that has no row yet."""
-    steps = task.epochs(arguments.rows, arguments.batch, arguments.epochs, seed)
+def train(tasks: dict[int, Task], wanted: list[Entrant], seed: int, arguments: argparse.Namespace) -> None:
+    """One seed of every method that has no row yet; `tasks` by their number of worked examples."""
+    # Another number of worked examples changes no row's place: all rows are longer by the same tokens.
+    batches = {
+        number: task.epochs(arguments.rows, arguments.batch, arguments.epochs, seed) for number, task in tasks.items()
+    }
+    steps = len(next(iter(batches.values())))
     runs = [
         {
-            "task": task.name, "model": "SmolLM2-135M-Instruct", "method": method.name, "options": method.options(),
-            "learning_rate": rate, "seed": seed, "rows": arguments.rows, "epochs": arguments.epochs,
-            "batch": arguments.batch, "steps": len(steps), "choose_rows": arguments.choose_rows,
+            "task": arguments.task, "model": "SmolLM2-135M-Instruct", "method": entrant.method.name,
+            "options": entrant.method.options(), "learning_rate": entrant.rate,
+            "demonstrations": entrant.demonstrations, "seed": seed, "rows": arguments.rows, "epochs": arguments.epochs,
+            "batch": arguments.batch, "steps": steps, "choose_rows": arguments.choose_rows,
             "report_rows": arguments.report,
         }
-        for method, rate in wanted
+        for entrant in wanted
     ]  # fmt: skip
     done = {key(row) for row in rows.read(NAME) if row["reported"] is not None or not arguments.report}
-    left = [(run, *pair) for run, pair in zip(runs, wanted, strict=True) if key(run) not in done]
+    left = [(run, entrant) for run, entrant in zip(runs, wanted, strict=True) if key(run) not in done]
     if not left:
         return
-    learners = [(run, Learner(method, task, rate, len(steps), seed)) for run, method, rate in left]
-    chosen_by = task.evaluated(task.choose[: arguments.choose_rows], arguments.batch)
+    learners = [
+        (run, Learner(entrant.method, tasks[entrant.demonstrations], entrant.rate, steps, seed))
+        for run, entrant in left
+    ]
     source = rows.provenance()
     curves: list[list[list[float]]] = [[] for _ in learners]
 
     def evaluate() -> None:
         for curve, (run, learner) in zip(curves, learners, strict=True):
-            value = learner.measure(chosen_by)
+            task = learner.task
+            value = learner.measure(task.evaluated(task.choose[: arguments.choose_rows], arguments.batch))
             curve.append([learner.step_number, learner.tokens, round(learner.clock, 3), round(value, 5)])
             tqdm.write(f"{run['method']} {run['learning_rate']:g} seed {seed}: step {curve[-1]}")
 
-    for number, batch in enumerate(tqdm(steps, f"{task.name}, seed {seed}", unit="step"), start=1):
-        collated = task.batch(batch)
-        for _, learner in learners:
-            learner.step(collated)
-        if arguments.evaluate_every and number % arguments.evaluate_every == 0 and number < len(steps):
+    for step in tqdm(range(steps), f"{arguments.task}, seed {seed}", unit="step"):
+        for run, learner in learners:
+            learner.step(learner.task.batch(batches[run["demonstrations"]][step]))
+        if arguments.evaluate_every and (step + 1) % arguments.evaluate_every == 0 and step + 1 < steps:
             evaluate()
     evaluate()
     for curve, (run, learner) in zip(curves, learners, strict=True):
         report = None
         if arguments.report:
+            task = learner.task
             report = learner.measure(task.evaluated(task.report[: arguments.report], arguments.batch))
         trained = sum(parameter.numel() for parameter in methods.trained(learner.model))
         rows.append(

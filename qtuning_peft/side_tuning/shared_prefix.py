@@ -126,7 +126,8 @@ def common_prefix(rows: Iterable[Mapping[str, Any]]) -> list[int]:
     """The longest unsupervised prefix that rows have in common.
 
     Args:
-        rows: With `input_ids`, and `labels`, `completion_mask` or `assistant_masks` that say which are supervised.
+        rows: With `input_ids`, and `labels`, `completion_mask` or `assistant_masks` that say which are supervised, or
+            the number of a class.
 
     Returns:
         Token ids. Every row has at least one unsupervised token behind them, so that whatever predicts a supervised
@@ -146,7 +147,9 @@ def _agreeing(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def _supervised_from(row: Mapping[str, Any]) -> int:
-    """Position of the first supervised token."""
+    """Position of the first supervised token; behind the last where a class is predicted from it."""
+    if isinstance(row.get("label", row.get("labels")), (int, float)):
+        return len(row["input_ids"])
     columns = [(row[name], unsupervised) for name, unsupervised in SUPERVISION.items() if row.get(name) is not None]
     if not columns:
         return 0
