@@ -9,13 +9,14 @@ from ._register import register
 from .demonstrations import add_demonstrations
 from .eu_plane import EUPruner, EUPruningCallback, EUScorer, prune, score
 from .side_tuning import SideTuningConfig, SideTuningModel, fit_projections
-from .trainer import SharePrefixCallback, SideTuningTrainer
+from .trainer import KeepStatesCallback, SharePrefixCallback, SideTuningTrainer
 
 __version__ = "0.1.0"
 __all__ = [
     "EUPruner",
     "EUPruningCallback",
     "EUScorer",
+    "KeepStatesCallback",
     "SharePrefixCallback",
     "SideTuningConfig",
     "SideTuningModel",

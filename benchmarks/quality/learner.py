@@ -23,6 +23,7 @@ from qtuning_peft.side_tuning.shared_prefix import common_prefix
 from qtuning_peft.trainer import ROWS
 
 WARM_UP = 0.1
+KEPT = 8 * 2**30  # bytes of the base's states
 
 
 def factor(step: int, steps: int) -> float:
@@ -42,9 +43,12 @@ class Learner:
         rate: Learning rate at its highest.
         steps: Steps in all, for the schedule.
         seed: Of new weights.
+        epochs: A side network keeps the base's states for those after the first.
     """
 
-    def __init__(self, method: methods.Method, task: Task, rate: float, steps: int, seed: int) -> None:
+    def __init__(
+        self, method: methods.Method, task: Task, rate: float, steps: int, seed: int, epochs: float = 1
+    ) -> None:
         self.method, self.task, self.rate, self.steps = method, task, rate, steps
         self.step_number, self.clock, self.tokens = 0, 0.0, 0
         base = load_base(task, method.four_bit, seed)
@@ -56,6 +60,7 @@ class Learner:
             layer = side_tuning_layer(self.model)
             assert layer is not None
             layer.share_prefix(common_prefix(task.train[:ROWS]))
+            layer.keep_states(KEPT if epochs > 1 else 0)
 
     def step(self, batch: Batch) -> None:
         """One step; the clock runs."""

@@ -117,7 +117,7 @@ def train(tasks: dict[int, Task], wanted: list[Entrant], seed: int, arguments: a
     if not left:
         return
     learners = [
-        (run, Learner(entrant.method, tasks[entrant.demonstrations], entrant.rate, steps, seed))
+        (run, Learner(entrant.method, tasks[entrant.demonstrations], entrant.rate, steps, seed, arguments.epochs))
         for run, entrant in left
     ]
     source = rows.provenance()

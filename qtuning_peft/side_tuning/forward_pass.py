@@ -129,6 +129,10 @@ class DecoderForward:
 
     def _followed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run_base = self._again(args, kwargs) if torch.is_grad_enabled() else None
+        kept = self.layer.kept_for(args, kwargs)
+        if kept is not None:
+            states = kept.states(self.layer, lambda: self._run(*args, **kwargs), inputs_of(args, kwargs))
+            return self.layer.replay(states, run_base)
         with self.layer.following(self.decoder, run_base):
             return self._run(*args, **kwargs)
 
@@ -212,6 +216,11 @@ def bind(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
     names = _positional(type(block).forward)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     return given if args else {names[0]: given.pop(names[0]), **given}
+
+
+def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A decoder's arguments by name, of which at most the token ids are given by position."""
+    return {"input_ids": args[0], **kwargs} if args else kwargs
 
 
 def cache_in(arguments: dict[str, Any]) -> Cache | None:

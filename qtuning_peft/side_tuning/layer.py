@@ -22,7 +22,8 @@ from .base_states import BaseStates
 from .cache import attach_side_layers, require_same_length
 from .config import SideTuningConfig
 from .decoder import DecoderSpec
-from .forward_pass import BlockHook, CurrentPass, DecoderForward, ForwardPass, bind, cache_in
+from .forward_pass import BlockHook, CurrentPass, DecoderForward, ForwardPass, bind, cache_in, inputs_of
+from .kept_states import KeptStates
 from .network import SideNetwork
 from .shared_prefix import SharedPrefix
 from .tap_storage import RunBase, TapReader
@@ -62,6 +63,7 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         self._decoder_forward: DecoderForward | None = None
         self.waiting_states: list[BaseStates] = []
         self.shared_prefix: SharedPrefix | None = None
+        self.kept_states: KeptStates | None = None
 
     def update_layer(self, adapter_name: str, config: SideTuningConfig, spec: DecoderSpec) -> None:
         """Add a side network named `adapter_name`.
@@ -232,6 +234,20 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
     def share_prefix(self, input_ids: Sequence[int]) -> None:
         """Compute the tokens `input_ids` once for all rows that begin with them; none for an empty list."""
         self.shared_prefix = SharedPrefix(input_ids) if len(input_ids) else None
+
+    def keep_states(self, budget: int) -> None:
+        """Keep the base's states of rows that are trained on, `budget` bytes of them; none for zero."""
+        self.kept_states = KeptStates(budget) if budget else None
+
+    def kept_for(self, args: tuple[Any, ...], arguments: dict[str, Any]) -> KeptStates | None:
+        """Where states for a pass of training are kept, if a decoder's `args` and `arguments` allow it."""
+        kept, network = self.kept_states, self.active_network()
+        if kept is None or network is None or network.attends or self._current.recording is not None:
+            return None
+        # Evaluation sees each row once.
+        if not (self.training and torch.is_grad_enabled()) or len(args) > 1:
+            return None
+        return kept if kept.serve(inputs_of(args, arguments)) else None
 
     def prefix_of(self, input_ids: Any, arguments: dict[str, Any]) -> SharedPrefix | None:
         """The shared prefix, if a pass over `input_ids` (batch, length) and `arguments` can leave it out."""

@@ -1,0 +1,100 @@
+"""Hidden states of the base, kept in main memory from a row's first epoch to its last.
+
+The base never changes (QST, ACL 2024, section 3), so what it computes for a row in the first epoch holds in every
+other: from the second on a step is the side network and the head. A row of n tokens takes n (N + 2) d numbers of 16
+bits for N taps, the embeddings and the final norm. Rows beyond the budget are computed every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .base_states import BaseStates
+from .shared_prefix import is_prefix
+
+if TYPE_CHECKING:
+    from .layer import SideTuningLayer
+
+# What a pass may be given beside token ids: nothing else decides a row's states if it is padded at the right.
+KNOWN = {"input_ids", "attention_mask", "use_cache", "return_dict", "past_key_values"}
+
+
+class KeptStates:
+    """States by the tokens of a row.
+
+    Args:
+        budget: Bytes to hold at most.
+
+    Attributes:
+        held: Bytes that are held.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget, self.held = budget, 0
+        self._rows: dict[bytes, Tensor] = {}  # (N + 2, n, d): embeddings, taps, final norm
+        self._like: BaseStates | None = None  # of no rows: blocks, devices, dtype, kind of output
+
+    def serve(self, arguments: dict[str, Any]) -> bool:
+        """Whether a pass over `arguments` depends on nothing but each row's tokens."""
+        input_ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+        given = {
+            name
+            for name, value in arguments.items()
+            if value is not None and value is not False and not (isinstance(value, Tensor) and not value.dim())
+        }
+        cache = arguments.get("past_key_values")
+        if not isinstance(input_ids, Tensor) or not given <= KNOWN or not (cache is None or is_prefix(cache)):
+            return False
+        return mask is None or bool((mask[:, 1:] <= mask[:, :-1]).all())
+
+    def states(self, layer: SideTuningLayer, run: Callable[[], Any], arguments: dict[str, Any]) -> BaseStates:
+        """The states for a pass over `arguments`: kept ones, or those of `run`, which are then kept."""
+        input_ids: Tensor = arguments["input_ids"]  # (batch, length)
+        length = input_ids.shape[1]
+        mask = arguments.get("attention_mask")
+        lengths = [length] * len(input_ids) if mask is None else mask[:, -length:].sum(1).tolist()
+        tokens = input_ids.to("cpu", torch.int64).numpy()
+        keys = [row[:own].tobytes() for row, own in zip(tokens, lengths, strict=True)]
+        if self._like is not None and all(key in self._rows for key in keys):
+            return self._padded(self._like, [self._rows[key] for key in keys], input_ids)
+        states = BaseStates(input_ids)
+        with torch.no_grad(), layer.recording(states), layer.following(layer.decoder):
+            states.output = run()
+        self._like = self._like or states.rows(torch.empty(0, dtype=torch.int64))
+        for index, (key, own) in enumerate(zip(keys, lengths, strict=True)):
+            if key not in self._rows:
+                self._keep(key, states, index, own)
+        return states
+
+    def _keep(self, key: bytes, states: BaseStates, index: int, length: int) -> None:
+        parts = _parts(states)
+        size = 2 * len(parts) * length * parts[0].shape[-1]
+        if self.held + size > self.budget:
+            return
+        dtype = parts[0].dtype if parts[0].dtype.itemsize == 2 else torch.bfloat16
+        self._rows[key] = torch.stack([part[index, :length].to("cpu", dtype) for part in parts])
+        self.held += size
+
+    @staticmethod
+    def _padded(like: BaseStates, rows: list[Tensor], input_ids: Tensor) -> BaseStates:
+        count, _, width = rows[0].shape
+        padded = rows[0].new_zeros(count, *input_ids.shape, width)  # (N + 2, batch, length, d)
+        for index, row in enumerate(rows):
+            padded[:, index, : row.shape[1]] = row
+        embeddings, *taps, normed = (
+            part.to(original.device, original.dtype) for part, original in zip(padded, _parts(like), strict=True)
+        )
+        blocks = [(block, given, tap) for (block, given, _), tap in zip(like.blocks, taps, strict=True)]
+        return replace(like, input_ids=input_ids, embeddings=embeddings, blocks=blocks, normed=normed)
+
+
+def _parts(states: BaseStates) -> list[Tensor]:
+    """Embeddings, taps and final norm, each (batch, length, d)."""
+    assert states.embeddings is not None
+    assert states.normed is not None
+    return [states.embeddings, *(hidden_states for _, _, hidden_states in states.blocks), states.normed]

@@ -1,0 +1,129 @@
+"""Hidden states kept from epoch to epoch: the base runs once for each row, and what is learned is the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import randomize_side_network, side_parameters, tiny
+from datasets import Dataset
+from peft import get_peft_model
+from test_shared_prefix import PREFIX, batch, layer_of, loss_and_gradients, passed_lengths, rows_of
+from transformers import TrainingArguments
+
+from qtuning_peft import KeepStatesCallback, SideTuningConfig, SideTuningTrainer
+from qtuning_peft.demo.gsm8k import RightPadding
+
+PLENTY = 2**30
+
+
+def side_tuned(dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
+    config = SideTuningConfig(r=4, task_type="CAUSAL_LM", **{"tap_every": 1, **fields})
+    model = get_peft_model(tiny().to(dtype), config).train()
+    randomize_side_network(model)
+    return model
+
+
+@pytest.mark.parametrize("prefix", [0, PREFIX])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_base_runs_once_for_each_row(dtype: torch.dtype, prefix: int) -> None:
+    """Loss and gradient of the second pass are the first's: exactly of a 16-bit base, rounded of one in float32."""
+    model, inputs = side_tuned(dtype), batch()
+    layer = layer_of(model)
+    layer.share_prefix(inputs["input_ids"][0, :prefix].tolist())
+    expected = loss_and_gradients(model, inputs)
+    layer.keep_states(PLENTY)
+    lengths = passed_lengths(model)
+    for attempt in range(2):
+        loss, gradients = loss_and_gradients(model, inputs)
+        # Only what is read again is rounded.
+        tolerance = 1e-6 if dtype == torch.bfloat16 or not attempt else 5e-3
+        assert loss == pytest.approx(expected[0], rel=tolerance)
+        for name, gradient in gradients.items():
+            assert (gradient - expected[1][name]).norm() <= 10 * tolerance * expected[1][name].norm() + 1e-6
+    assert lengths == [32 - prefix]
+
+
+def test_rows_are_found_again_in_other_batches() -> None:
+    """In another order, with other neighbours, and so with other padding; a new row brings its whole batch back."""
+    model, inputs = side_tuned(torch.bfloat16), batch()
+    lengths = passed_lengths(model)
+    layer_of(model).keep_states(PLENTY)
+    loss_and_gradients(model, inputs)
+    for chosen in ([2, 0], [1, 2], [2]):
+        length = int(inputs["attention_mask"][chosen].sum(1).max())
+        part = {name: tensor[chosen, :length] for name, tensor in inputs.items()}
+        loss, _ = loss_and_gradients(model, part)
+        layer_of(model).kept_states, kept = None, layer_of(model).kept_states
+        assert loss == pytest.approx(loss_and_gradients(model, part)[0], rel=2e-2)
+        layer_of(model).kept_states = kept
+    assert lengths == [32, 32, 29, 25]  # the first, and those that were to compare
+    part["input_ids"][0, 1] += 1
+    loss_and_gradients(model, part)
+    assert lengths[4:] == [25]
+
+
+def test_a_budget_is_kept_to() -> None:
+    """What does not fit is computed again, every time."""
+    model, inputs = side_tuned(), batch()
+    layer = layer_of(model)
+    one_row = 2 * 5 * 32 * 64  # embeddings, three taps and the norm
+    layer.keep_states(one_row)
+    lengths = passed_lengths(model)
+    for _ in range(2):
+        loss_and_gradients(model, inputs)
+    first = {name: tensor[:1] for name, tensor in inputs.items()}
+    loss_and_gradients(model, first)
+    assert layer.kept_states.held == one_row
+    assert lengths == [32, 32]
+
+
+@pytest.mark.parametrize("name", ["padded at the left", "packed", "attention", "evaluation"])
+def test_what_is_not_kept(name: str) -> None:
+    """Rows whose states depend on more than their tokens; side blocks that need more than states; evaluation."""
+    model, inputs = side_tuned(side_attention=name == "attention"), batch()
+    layer_of(model).keep_states(PLENTY)
+    lengths = passed_lengths(model)
+    if name == "padded at the left":
+        inputs["attention_mask"][2] = inputs["attention_mask"][2].flip(0)
+    elif name == "packed":
+        del inputs["attention_mask"]
+        inputs["position_ids"] = torch.cat([torch.arange(24), torch.arange(8)]).expand(3, -1)
+    for _ in range(2):
+        with torch.set_grad_enabled(name != "evaluation"):
+            model(**inputs)
+    assert lengths == [32, 32]
+    assert layer_of(model).kept_states.held == 0
+
+
+def test_the_callback_keeps_for_several_epochs_alone(tmp_path: Any) -> None:
+    """Three epochs with states kept end where three without end, and nothing is held afterwards."""
+    rows = rows_of(batch(prefix=0))
+    rows += [{**row, "input_ids": [5, *row["input_ids"][1:]]} for row in rows]
+    weights = []
+    for callbacks, passes in (([KeepStatesCallback(1)], 2), ([], 6)):
+        model = side_tuned(torch.bfloat16)
+        trainer = SideTuningTrainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=str(tmp_path), num_train_epochs=3, per_device_train_batch_size=3, learning_rate=1e-3,
+                use_cpu=True, report_to="none", save_strategy="no", remove_unused_columns=False, seed=3,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            data_collator=RightPadding(0),
+            callbacks=list(callbacks),
+        )  # fmt: skip
+        lengths = passed_lengths(model)
+        trainer.train()
+        assert len(lengths) == passes
+        assert layer_of(model).kept_states is None
+        weights.append({name: value.detach().clone() for name, value in side_parameters(model).items()})
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-2, atol=1e-3)
+
+
+def test_a_budget_of_nothing_is_refused() -> None:
+    """One sentence."""
+    with pytest.raises(ValueError, match="gibibytes is 0; give a number above 0"):
+        KeepStatesCallback(0)
