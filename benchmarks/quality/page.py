@@ -26,7 +26,8 @@ def runs(reported: bool) -> list[list[Row]]:
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows.read("quality"):
         if (row["reported"] is not None) == reported:
-            group = tuple(str(row[name]) for name in ("task", "rows", "epochs", "method", "options", "learning_rate"))
+            names = ("task", "rows", "epochs", "method", "demonstrations", "options", "learning_rate")
+            group = tuple(str(row.get(name, 0)) for name in names)
             groups.setdefault(group, []).append(row)
     return [newest(group, lambda row: row["seed"]) for _, group in sorted(groups.items(), key=lambda item: item[0][:3])]
 
@@ -35,6 +36,18 @@ def spread(values: Iterable[float]) -> str:
     """Mean, and standard deviation where there are several."""
     listed = list(values)
     return f"{mean(listed):.4f}" + (f" ± {stdev(listed):.4f}" if len(listed) > 1 else "")
+
+
+def what(row: Row) -> list[object]:
+    """The columns that say what was trained, and on what; see `WHAT`."""
+    base = "NF4" if row["options"]["four_bit"] else "float32"
+    return [
+        row["task"], f"{row['rows']} x {row['epochs']:g}", row["method"], base, row.get("demonstrations") or "-",
+        f"{row['learning_rate']:g}",
+    ]  # fmt: skip
+
+
+WHAT = ["task", "rows x epochs", "method", "base", "worked examples", "learning rate"]
 
 
 def peaks() -> dict[str, float]:
@@ -56,12 +69,13 @@ def results(images: Path) -> str:
         first = group[0]
         held = f"{memory[first['method']]:.2f}" if first["method"] in memory else "-"
         lines.append([
-            first["task"], first["rows"], first["method"], f"{first['learning_rate']:g}", len(group),
+            *what(first), len(group),
             f"{first['trained_parameters'] / 1e6:.2f}", f"{mean(row['seconds'] for row in group):.0f}", held,
             spread(row["chosen_by"] for row in group), spread(row["reported"] for row in group),
         ])  # fmt: skip
         if first["task"] == "gsm8k":
-            label = f"{first['method']}, {first['rows']} rows"
+            _, amount, method, base, examples, _ = what(first)
+            label = f"{method}, {base}, {amount} rows" + (f", {examples} examples" if examples != "-" else "")
             by_time[label] = [
                 (mean(p[2] for p in points), mean(p[3] for p in points))
                 for points in zip(*(row["curve"] for row in group), strict=True)
@@ -70,8 +84,7 @@ def results(images: Path) -> str:
                 loss = mean(row["reported"] for row in group)
                 by_memory[label] = [(memory[first["method"]], loss)]
     header = [
-        "task", "rows", "method", "learning rate", "seeds", "trained, million", "training, s", "peak of a step, GiB",
-        "rows to choose by", "reported",
+        *WHAT, "seeds", "trained, million", "training, s", "peak of a step, GiB", "rows to choose by", "reported",
     ]  # fmt: skip
     parts = [markdown(header, lines), source([row for group in groups for row in group], groups[-1][-1]["command"])]
     axis = "held-out loss, nats per token"
@@ -88,12 +101,11 @@ def rates(images: Path) -> str:
         return not_measured(TRAIN)
     lines = [
         [
-            group[0]["task"], group[0]["rows"], group[0]["method"], f"{group[0]['learning_rate']:g}",
-            f"{mean(row['seconds'] for row in group):.0f}", spread(row["chosen_by"] for row in group),
+            *what(group[0]), f"{mean(row['seconds'] for row in group):.0f}", spread(row["chosen_by"] for row in group),
         ]
         for group in groups
     ]  # fmt: skip
-    header = ["task", "rows", "method", "learning rate", "training, s", "rows to choose by"]
+    header = [*WHAT, "training, s", "rows to choose by"]
     return "\n\n".join(
         [markdown(header, lines), source([row for group in groups for row in group], groups[-1][-1]["command"])]
     )
