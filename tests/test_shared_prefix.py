@@ -179,7 +179,8 @@ def test_the_prefix_ends_before_what_predicts_a_supervised_token() -> None:
     assert common_prefix([{"input_ids": row["input_ids"]} for row in rows]) == []
     assert common_prefix([{**row, "labels": row["input_ids"]} for row in rows]) == []
     assert common_prefix([{"input_ids": row["input_ids"], "label": 1} for row in rows]) == rows[0]["input_ids"][:PREFIX]
-    assert common_prefix([]) == []
+    assert common_prefix(Dataset.from_list(rows).with_format("torch")) == rows[0]["input_ids"][:PREFIX]
+    assert common_prefix([]) == common_prefix([(1, 2)]) == common_prefix([{"text": "a"}]) == []
 
 
 def test_the_trainer_shares_what_its_rows_begin_with(tmp_path: Any) -> None:

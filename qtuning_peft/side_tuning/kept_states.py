@@ -77,7 +77,8 @@ class KeptStates:
         if self.held + size > self.budget:
             return
         dtype = parts[0].dtype if parts[0].dtype.itemsize == 2 else torch.bfloat16
-        self._rows[key] = torch.stack([part[index, :length].to("cpu", dtype) for part in parts])
+        home = parts[0].device
+        self._rows[key] = torch.stack([part[index, :length].to(home, dtype) for part in parts]).cpu()
         self.held += size
 
     @staticmethod

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
@@ -131,10 +132,13 @@ def common_prefix(rows: Iterable[Mapping[str, Any]]) -> list[int]:
 
     Returns:
         Token ids. Every row has at least one unsupervised token behind them, so that whatever predicts a supervised
-        one is computed with its row. None if they would be few, or if all tokens are supervised.
+        one is computed with its row. None if they would be few, if all tokens are supervised, or if rows have no
+        tokens yet.
     """
     found: list[int] | None = None
     for row in rows:
+        if not isinstance(row, Mapping) or row.get("input_ids") is None:
+            return []
         own = list(row["input_ids"])[: max(0, _supervised_from(row) - 1)]
         found = own if found is None else found[: _agreeing(found, own)]
     return found if found is not None and len(found) >= SHORTEST else []
@@ -148,7 +152,8 @@ def _agreeing(first: Sequence[int], second: Sequence[int]) -> int:
 
 def _supervised_from(row: Mapping[str, Any]) -> int:
     """Position of the first supervised token; behind the last where a class is predicted from it."""
-    if isinstance(row.get("label", row.get("labels")), (int, float)):
+    label = row.get("label", row.get("labels"))
+    if label is not None and np.ndim(label) == 0:
         return len(row["input_ids"])
     columns = [(row[name], unsupervised) for name, unsupervised in SUPERVISION.items() if row.get(name) is not None]
     if not columns:
