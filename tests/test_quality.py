@@ -18,7 +18,7 @@ if not (REPOSITORY / "benchmarks").is_dir():
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks import rows  # noqa: E402
-from benchmarks.quality import levers, states  # noqa: E402
+from benchmarks.quality import levers, states, targets  # noqa: E402
 from benchmarks.quality.fit import Data, Rates, fit, optimizers  # noqa: E402
 from benchmarks.quality.learner import factor  # noqa: E402
 from benchmarks.quality.muon import orthogonal  # noqa: E402
@@ -292,3 +292,32 @@ def test_the_command_lists_and_refuses_in_a_sentence(
     with pytest.raises(SystemExit):
         command(monkeypatch, "--rows", "4")
     assert "rows is 4; give 8 to 40." in capsys.readouterr().err
+
+
+def run(method: str, **row: object) -> list[dict]:
+    given = {
+        "task": "gsm8k", "rows": 80, "epochs": 1, "demonstrations": 0, "method": method, "chosen_by": 1.0,
+        "reported": 1.0, "seconds": 100.0, "options": {"four_bit": False},
+    }  # fmt: skip
+    return [{**given, **row}]
+
+
+def test_targets_compare_with_the_best_lora_at_equal_time_and_from_equal_data() -> None:
+    groups = [
+        run("lora", chosen_by=1.1, reported=0.5),  # luckier where nobody was to look
+        run("lora-r8", chosen_by=1.0, reported=1.0),
+        run("side", chosen_by=1.2, reported=1.04, seconds=39.0),
+        run("side", rows=200, chosen_by=0.9, reported=0.99, seconds=104.0),
+        run("side", rows=900, chosen_by=0.5, reported=0.5, seconds=300.0),
+        run("side", task="sst2", chosen_by=0.8, reported=0.8),
+        run("lora", task="sst2", chosen_by=0.9, reported=0.9),
+        run("qlora", options={"four_bit": True}),  # nothing beside it
+    ]
+    equal_time, equal_data, accuracy = (*targets.of_losses(groups), *targets.of_accuracy(groups))
+    assert equal_time[2:] == [
+        "1.000 in 100 s, 80 x 1 rows, 1 seed", "0.990 in 104 s, 200 x 1 rows, 1 seed", "met: -0.010 in 1.04 of the time",
+    ]  # fmt: skip
+    assert equal_data[4] == "met: +0.040 in 0.39 of the time"
+    assert accuracy[4] == "**missed**: -10.0 points"
+    memory = list(targets.of_memory(lambda: {"side": 1.0, "lora": 4.0, "qlora": 1.5}))
+    assert [line[4] for line in memory] == ["met: 0.25", "**missed**: 0.67"]

@@ -13,6 +13,7 @@ from statistics import mean, stdev
 
 from benchmarks import rows
 from benchmarks.common import HERE, markdown
+from benchmarks.quality import targets
 from benchmarks.quality.levers import LEVERS
 from benchmarks.rows import Row
 from benchmarks.tables import main, newest, not_measured, plot, source
@@ -134,7 +135,13 @@ def search(images: Path) -> str:
     ])  # fmt: skip
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"results": results, "rates": rates, "levers": search}
+def asked(images: Path) -> str:
+    """The targets."""
+    groups = runs(reported=True)
+    return targets.table(groups, peaks) if groups else not_measured(TRAIN)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {"asked": asked, "results": results, "rates": rates, "levers": search}
 
 
 if __name__ == "__main__":

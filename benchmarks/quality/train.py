@@ -88,6 +88,9 @@ def main() -> None:
         tokenizer = smollm2_tokenizer()
         numbers = {entrant.demonstrations for entrant in wanted}
         tasks = {number: load(arguments.task, tokenizer, arguments.data, number) for number in numbers}
+        available = len(tasks[max(numbers)].choose)
+        if arguments.choose_rows > available:
+            raise ValueError(f"choose-rows is {arguments.choose_rows}; {arguments.task} has {available} of them.")
     except ValueError as error:
         parser.error(str(error))
 
