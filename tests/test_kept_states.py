@@ -64,6 +64,34 @@ def test_rows_are_found_again_in_other_batches() -> None:
     assert lengths[4:] == [25]
 
 
+def test_a_row_is_not_another_that_begins_with_the_prefix() -> None:
+    """Their tokens are the same once the prefix is left out, their states are not."""
+    model, inputs = side_tuned(torch.bfloat16), batch()
+    layer = layer_of(model)
+    layer.share_prefix(inputs["input_ids"][0, :PREFIX].tolist())
+    without = {name: tensor[:, PREFIX:] for name, tensor in inputs.items()}
+    expected = [loss_and_gradients(model, part)[0] for part in (inputs, without)]
+    assert expected[0] != pytest.approx(expected[1], rel=1e-3)
+    layer.keep_states(PLENTY)
+    for _ in range(2):
+        assert [loss_and_gradients(model, part)[0] for part in (inputs, without)] == pytest.approx(expected, rel=1e-6)
+    layer.share_prefix(inputs["input_ids"][0, : PREFIX - 1].tolist())
+    assert layer.kept_states.held == 0
+
+
+def test_states_are_those_of_one_adapters_taps() -> None:
+    """An adapter that taps other blocks has the base run."""
+    model, inputs = side_tuned(), batch()
+    model.add_adapter("other", SideTuningConfig(r=4, tap_every=1, layers_to_transform=[0], task_type="CAUSAL_LM"))
+    layer_of(model).keep_states(PLENTY)
+    loss_and_gradients(model, inputs)
+    model.set_adapter("other")
+    lengths = passed_lengths(model)
+    for _ in range(2):
+        loss_and_gradients(model, inputs)
+    assert lengths == [32, 32]
+
+
 def test_a_budget_is_kept_to() -> None:
     """What does not fit is computed again, every time."""
     model, inputs = side_tuned(), batch()

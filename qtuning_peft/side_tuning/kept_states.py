@@ -29,13 +29,14 @@ class KeptStates:
 
     Args:
         budget: Bytes to hold at most.
+        layers: Indices of the tapped blocks.
 
     Attributes:
         held: Bytes that are held.
     """
 
-    def __init__(self, budget: int) -> None:
-        self.budget, self.held = budget, 0
+    def __init__(self, budget: int, layers: list[int]) -> None:
+        self.budget, self.layers, self.held = budget, layers, 0
         self._rows: dict[bytes, Tensor] = {}  # (N + 2, n, d): embeddings, taps, final norm
         self._like: BaseStates | None = None  # of no rows: blocks, devices, dtype, kind of output
 
@@ -59,7 +60,9 @@ class KeptStates:
         mask = arguments.get("attention_mask")
         lengths = [length] * len(input_ids) if mask is None else mask[:, -length:].sum(1).tolist()
         tokens = input_ids.to("cpu", torch.int64).numpy()
-        keys = [row[:own].tobytes() for row, own in zip(tokens, lengths, strict=True)]
+        # The same tokens behind the shared prefix are not the same row.
+        behind = b"+" if is_prefix(arguments.get("past_key_values")) else b""
+        keys = [behind + row[:own].tobytes() for row, own in zip(tokens, lengths, strict=True)]
         if self._like is not None and all(key in self._rows for key in keys):
             return self._padded(self._like, [self._rows[key] for key in keys], input_ids)
         states = BaseStates(input_ids)

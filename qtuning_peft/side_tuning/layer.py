@@ -234,15 +234,20 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
     def share_prefix(self, input_ids: Sequence[int]) -> None:
         """Compute the tokens `input_ids` once for all rows that begin with them; none for an empty list."""
         self.shared_prefix = SharedPrefix(input_ids) if len(input_ids) else None
+        if self.kept_states is not None:  # of rows behind another prefix
+            self.keep_states(self.kept_states.budget)
 
     def keep_states(self, budget: int) -> None:
-        """Keep the base's states of rows that are trained on, `budget` bytes of them; none for zero."""
-        self.kept_states = KeptStates(budget) if budget else None
+        """Keep the base's states of rows that the active adapter trains on, `budget` bytes of them; none for zero."""
+        network = self.active_network()
+        self.kept_states = KeptStates(budget, network.layers) if budget and network is not None else None
 
     def kept_for(self, args: tuple[Any, ...], arguments: dict[str, Any]) -> KeptStates | None:
         """Where states for a pass of training are kept, if a decoder's `args` and `arguments` allow it."""
         kept, network = self.kept_states, self.active_network()
         if kept is None or network is None or network.attends or self._current.recording is not None:
+            return None
+        if network.layers != kept.layers:
             return None
         # Evaluation sees each row once.
         if not (self.training and torch.is_grad_enabled()) or len(args) > 1:
