@@ -15,9 +15,9 @@ from typing import Any
 ROLES = ("user", "assistant")
 # No whitespace control at its end: the template behind it may begin with a line break of its own.
 BEFORE = (
-    "{% set demonstrations = DEMONSTRATIONS %}"
-    "{% set system = messages[:1] if messages and messages[0]['role'] == 'system' else [] %}"
-    "{% set messages = system + demonstrations + messages[system | length:] %}{{ '' }}"
+    "{% set qtuning_examples = DEMONSTRATIONS %}"
+    "{% set qtuning_first = 1 if messages and messages[0]['role'] in ('system', 'developer') else 0 %}"
+    "{% set messages = messages[:qtuning_first] + qtuning_examples + messages[qtuning_first:] %}{{ '' }}"
 )
 MARK = BEFORE.partition("DEMONSTRATIONS")[0]
 

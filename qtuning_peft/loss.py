@@ -10,6 +10,7 @@ is held for backward, d numbers a token instead of several times the vocabulary,
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -44,12 +45,22 @@ def supervised_loss(
         ValueError: when `model` is not a causal language model.
     """
     base = causal_model(model)
-    output = base.get_decoder()(input_ids=input_ids, use_cache=False, **inputs)
+    with _reading(base, labels):
+        output = base.get_decoder()(input_ids=input_ids, use_cache=False, **inputs)
     hidden_states, targets = supervised_positions(output.last_hidden_state, labels)
     frozen = not any(parameter.requires_grad for parameter in base.get_output_embeddings().parameters())
     piece = positions_at_once(base, PIECE_ELEMENTS)
     total = summed_loss(head_of(base, output), hidden_states, targets, piece, frozen)
     return total / (num_items if num_items is not None else max(1, len(targets)))
+
+
+def _reading(model: nn.Module, labels: Tensor) -> AbstractContextManager[None]:
+    # Not at the top: side networks are built on this module.
+    from .side_tuning.base_states import side_tuning_layer
+    from .side_tuning.shared_prefix import unsupervised_columns
+
+    layer = side_tuning_layer(model)
+    return nullcontext() if layer is None else layer.reading_from(unsupervised_columns(labels))
 
 
 def supervised_positions(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

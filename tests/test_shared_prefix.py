@@ -18,7 +18,7 @@ from qtuning_peft.demo.gsm8k import RightPadding
 from qtuning_peft.loss import supervised_loss
 from qtuning_peft.side_tuning.base_states import side_tuning_layer
 from qtuning_peft.side_tuning.decoder import find_decoder
-from qtuning_peft.side_tuning.shared_prefix import common_prefix
+from qtuning_peft.side_tuning.shared_prefix import common_prefix, depends_on_length
 
 PREFIX = 20
 TEMPLATE = "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}"
@@ -118,6 +118,36 @@ def test_other_batches_are_computed_whole(name: str) -> None:
     assert lengths == [32]
 
 
+def test_whoever_reads_the_prefix_has_it_computed_whole() -> None:
+    """A batch supervised from its start, an evaluation, and a loss that nobody knows."""
+    model, inputs = side_tuned(), batch()
+    full = {**inputs, "labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)}
+    unlabelled = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    gradients = loss_and_gradients(model, full)
+    layer_of(model).share_prefix(inputs["input_ids"][0, :PREFIX].tolist())
+    lengths = passed_lengths(model)
+    again = loss_and_gradients(model, full)
+    assert again[0] == gradients[0]
+    assert all(torch.equal(again[1][name], gradient) for name, gradient in gradients[1].items())
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, expected)
+    torch.testing.assert_close(model(**unlabelled).logits.detach(), expected)
+    model.get_base_model().config.use_cache = False  # as trainers set it
+    torch.testing.assert_close(model.eval()(**inputs).logits.detach(), expected)
+    assert lengths == [32] * 4
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_length_share_nothing(rope_type: str) -> None:
+    """A prefix alone would be rotated otherwise."""
+    config = config_of("llama")
+    assert not depends_on_length(config)
+    config.rope_parameters = {"full_attention": {"rope_type": rope_type}}
+    assert depends_on_length(config)
+
+
 def test_side_blocks_that_attend_see_whole_rows() -> None:
     """They attend to the prefix, with keys and values that training changes."""
     model, inputs = side_tuned(side_attention=True), batch()
@@ -180,6 +210,8 @@ def test_the_prefix_ends_before_what_predicts_a_supervised_token() -> None:
     assert common_prefix([{**row, "labels": row["input_ids"]} for row in rows]) == []
     assert common_prefix([{"input_ids": row["input_ids"], "label": 1} for row in rows]) == rows[0]["input_ids"][:PREFIX]
     assert common_prefix(Dataset.from_list(rows).with_format("torch")) == rows[0]["input_ids"][:PREFIX]
+    assert common_prefix([{**row, "label": 1, "labels": row["input_ids"]} for row in rows]) == []
+    assert common_prefix([{"input_ids": torch.tensor([row["input_ids"]])} for row in rows]) == []
     assert common_prefix([]) == common_prefix([(1, 2)]) == common_prefix([{"text": "a"}]) == []
 
 

@@ -96,6 +96,7 @@ class CurrentPass(threading.local):
 
     value: ForwardPass | None = None
     recording: BaseStates | TapReader | None = None
+    unread: int = 0
 
     def __reduce__(self) -> tuple[type[CurrentPass], tuple[()]]:
         # A copied or pickled model is in no pass.
@@ -132,7 +133,8 @@ class DecoderForward:
         kept = self.layer.kept_for(args, kwargs)
         if kept is not None:
             states = kept.states(self.layer, lambda: self._run(*args, **kwargs), inputs_of(args, kwargs))
-            return self.layer.replay(states, run_base)
+            if states is not None:
+                return self.layer.replay(states, run_base)
         with self.layer.following(self.decoder, run_base):
             return self._run(*args, **kwargs)
 

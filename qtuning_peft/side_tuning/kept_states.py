@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .layer import SideTuningLayer
 
 # What a pass may be given beside token ids: nothing else decides a row's states if it is padded at the right.
-KNOWN = {"input_ids", "attention_mask", "use_cache", "return_dict", "past_key_values"}
+KNOWN = {"input_ids", "attention_mask", "return_dict", "past_key_values"}
 
 
 class KeptStates:
@@ -40,6 +40,9 @@ class KeptStates:
         self._rows: dict[bytes, Tensor] = {}  # (N + 2, n, d): embeddings, taps, final norm
         self._like: BaseStates | None = None  # of no rows: blocks, devices, dtype, kind of output
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "held": 0, "_rows": {}, "_like": None}
+
     def serve(self, arguments: dict[str, Any]) -> bool:
         """Whether a pass over `arguments` depends on nothing but each row's tokens."""
         input_ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
@@ -51,10 +54,18 @@ class KeptStates:
         cache = arguments.get("past_key_values")
         if not isinstance(input_ids, Tensor) or not given <= KNOWN or not (cache is None or is_prefix(cache)):
             return False
-        return mask is None or bool((mask[:, 1:] <= mask[:, :-1]).all())
+        if mask is None:
+            return True
+        longer = 0 if cache is None else cache.get_seq_length()
+        if not isinstance(mask, Tensor) or mask.shape != (input_ids.shape[0], longer + input_ids.shape[1]):
+            return False
+        return bool((mask[:, 1:] <= mask[:, :-1]).all())
 
-    def states(self, layer: SideTuningLayer, run: Callable[[], Any], arguments: dict[str, Any]) -> BaseStates:
-        """The states for a pass over `arguments`: kept ones, or those of `run`, which are then kept."""
+    def states(self, layer: SideTuningLayer, run: Callable[[], Any], arguments: dict[str, Any]) -> BaseStates | None:
+        """The states for a pass over `arguments`: kept ones, or those of `run`, which are then kept.
+
+        None if the decoder does more behind its norm than can be done again.
+        """
         input_ids: Tensor = arguments["input_ids"]  # (batch, length)
         length = input_ids.shape[1]
         mask = arguments.get("attention_mask")
@@ -68,7 +79,12 @@ class KeptStates:
         states = BaseStates(input_ids)
         with torch.no_grad(), layer.recording(states), layer.following(layer.decoder):
             states.output = run()
-        self._like = self._like or states.rows(torch.empty(0, dtype=torch.int64))
+        assert states.normed is not None
+        if states.output.last_hidden_state.shape != states.normed.shape:
+            return None
+        # Nothing but the hidden state: a cache would be that of this batch.
+        states.output = type(states.output)(last_hidden_state=states.normed)
+        self._like = self._like or _of_no_rows(states)
         for index, (key, own) in enumerate(zip(keys, lengths, strict=True)):
             if key not in self._rows:
                 self._keep(key, states, index, own)
@@ -95,6 +111,15 @@ class KeptStates:
         )
         blocks = [(block, given, tap) for (block, given, _), tap in zip(like.blocks, taps, strict=True)]
         return replace(like, input_ids=input_ids, embeddings=embeddings, blocks=blocks, normed=normed)
+
+
+def _of_no_rows(states: BaseStates) -> BaseStates:
+    embeddings, *_, normed = _parts(states)
+    blocks: list[Any] = [(block, {}, hidden_states[:0].clone()) for block, _, hidden_states in states.blocks]
+    return BaseStates(
+        states.input_ids[:0], embeddings=embeddings[:0].clone(), blocks=blocks, normed=normed[:0].clone(),
+        output=type(states.output)(last_hidden_state=normed[:0].clone()),
+    )  # fmt: skip
 
 
 def _parts(states: BaseStates) -> list[Tensor]:

@@ -25,7 +25,7 @@ from .decoder import DecoderSpec
 from .forward_pass import BlockHook, CurrentPass, DecoderForward, ForwardPass, bind, cache_in, inputs_of
 from .kept_states import KeptStates
 from .network import SideNetwork
-from .shared_prefix import SharedPrefix
+from .shared_prefix import SharedPrefix, depends_on_length
 from .tap_storage import RunBase, TapReader
 
 MERGE_REFUSAL = (
@@ -245,24 +245,34 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
     def kept_for(self, args: tuple[Any, ...], arguments: dict[str, Any]) -> KeptStates | None:
         """Where states for a pass of training are kept, if a decoder's `args` and `arguments` allow it."""
         kept, network = self.kept_states, self.active_network()
-        if kept is None or network is None or network.attends or self._current.recording is not None:
+        if kept is None or not self._learns() or len(args) > 1 or network is None or network.attends:
             return None
-        if network.layers != kept.layers:
-            return None
-        # Evaluation sees each row once.
-        if not (self.training and torch.is_grad_enabled()) or len(args) > 1:
+        if network.layers != kept.layers or depends_on_length(getattr(self.decoder, "config", None)):
             return None
         return kept if kept.serve(inputs_of(args, arguments)) else None
 
     def prefix_of(self, input_ids: Any, arguments: dict[str, Any]) -> SharedPrefix | None:
         """The shared prefix, if a pass over `input_ids` (batch, length) and `arguments` can leave it out."""
         prefix, network = self.shared_prefix, self.active_network()
-        if prefix is None or self._current.recording is not None or (network is not None and network.attends):
+        if prefix is None or not self._learns() or network is None or network.attends:
             return None
-        if arguments.get("use_cache") is None and not self.training:
-            # Whoever evaluates and says nothing about it may expect a cache.
-            arguments = {**arguments, "use_cache": getattr(getattr(self.decoder, "config", None), "use_cache", None)}
+        # The last of the prefix must not be what predicts a supervised token.
+        if self._current.unread <= len(prefix.input_ids) or depends_on_length(getattr(self.decoder, "config", None)):
+            return None
         return prefix if prefix.begins(input_ids, arguments) else None
+
+    def _learns(self) -> bool:
+        # Kept for training alone: evaluation may read any position, and sees each row once.
+        return self.training and torch.is_grad_enabled() and self._current.recording is None
+
+    @contextmanager
+    def reading_from(self, column: int) -> Iterator[None]:
+        """Say that in passes of this context no hidden state before `column` - 1 is read."""
+        before, self._current.unread = self._current.unread, column
+        try:
+            yield
+        finally:
+            self._current.unread = before
 
     def replay(self, states: BaseStates, run_base: RunBase | None) -> Any:
         """What the decoder returns for kept states: the side network runs, the base does not; `run_base` as above."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,11 +24,13 @@ from .._register import PREFIX
 from ..head import is_causal
 from ..loss import supervised_loss
 from .adapter_files import check_adapter, without_adapter_name
+from .base_states import side_tuning_layer
 from .config import SideTuningConfig
 from .decoder import DecoderSpec, find_decoder
 from .layer import MERGE_REFUSAL, SideTuningLayer
 from .network import SideNetwork, side_heads, side_width
 from .safe_loading import CONTAINER, check_file, tokenizer_fingerprint
+from .shared_prefix import unsupervised_columns
 
 PEFT_PREFIX = "base_model.model."
 # Arguments of a causal model that its decoder does not have, or that its loss has no use for.
@@ -72,13 +75,24 @@ class SideTuningModel(BaseTuner):
         """
         given = {name: value for name, value in kwargs.items() if value is not None}
         if not loss_in_pieces or not {"input_ids", "labels"} <= given.keys() or not is_causal(self.model):
-            return super().forward(*args, **kwargs)
+            with self._reading(given):
+                return super().forward(*args, **kwargs)
         loss = supervised_loss(
             self.model,
             num_items=given.pop("num_items_in_batch", None),
             **{name: value for name, value in given.items() if name not in NOT_THE_DECODERS},
         )
         return CausalLMOutputWithPast(loss=loss)
+
+    def _reading(self, given: dict[str, Any]) -> AbstractContextManager[None]:
+        layer = side_tuning_layer(self.model)
+        if layer is None:
+            return nullcontext()
+        if is_causal(self.model):
+            return layer.reading_from(unsupervised_columns(given.get("labels")))
+        # transformers' classifiers read the last token of a row.
+        of_rows = type(self.model).__name__.endswith("ForSequenceClassification") and "input_ids" in given
+        return layer.reading_from(given["input_ids"].shape[-1] if of_rows else 0)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, SideTuningConfig)

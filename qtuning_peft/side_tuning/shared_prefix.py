@@ -5,12 +5,13 @@
 A system prompt, or worked examples before every question, are the same P tokens in every row. Under LoRA their keys and
 values change with every step; beside a frozen base (QST, ACL 2024, section 3) they are computed once, and a pass only
 runs over the rest. Side blocks that do not attend read nothing of the prefix, so that loss and gradient are those of
-the whole rows, up to rounding.
+the whole rows, up to rounding. The prefix's own positions hold the base's hidden states: it is left out only while
+training, by a loss that says that none of them is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,7 +81,7 @@ class SharedPrefix:
         if any(isinstance(value, Tensor) and value.dim() for value in given.values()):
             return False  # boundaries of packed rows, image features: who knows whose columns they are
         attended = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
-        if attended.shape != input_ids.shape or not attended[:, :prefix].all():
+        if not isinstance(attended, Tensor) or attended.shape != input_ids.shape or not attended[:, :prefix].all():
             return False
         counted = torch.arange(input_ids.shape[1], device=input_ids.device)
         if positions is not None and not ((positions == counted) | (attended == 0)).all():
@@ -110,6 +111,27 @@ class SharedPrefix:
         return {"input_ids": self.input_ids, "_computed": {}}
 
 
+def unsupervised_columns(labels: Any) -> int:
+    """Number of columns at the left of `labels` (batch, length) in which no row is supervised."""
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        return 0
+    supervised = (labels != IGNORE_INDEX).any(dim=0).nonzero()
+    return int(supervised[0]) if len(supervised) else labels.shape[1]
+
+
+def depends_on_length(config: Any) -> bool:
+    """Whether a token's states depend on what comes after it: on the length, or by attention in both directions."""
+
+    def kinds(parameters: Any) -> Iterator[Any]:
+        if isinstance(parameters, Mapping):
+            yield parameters.get("rope_type")
+            for value in parameters.values():
+                yield from kinds(value)
+
+    changing = {"dynamic", "longrope"} & set(kinds(getattr(config, "rope_parameters", None)))
+    return bool(changing) or getattr(config, "is_causal", True) is False
+
+
 def is_prefix(cache: Any) -> bool:
     """Whether `cache` holds a shared prefix."""
     return isinstance(cache, Cache) and bool(cache.layers) and isinstance(cache.layers[0], PrefixLayer)
@@ -137,7 +159,7 @@ def common_prefix(rows: Iterable[Mapping[str, Any]]) -> list[int]:
     """
     found: list[int] | None = None
     for row in rows:
-        if not isinstance(row, Mapping) or row.get("input_ids") is None:
+        if not isinstance(row, Mapping) or np.ndim(row.get("input_ids", 0)) != 1:
             return []
         own = list(row["input_ids"])[: max(0, _supervised_from(row) - 1)]
         found = own if found is None else found[: _agreeing(found, own)]
@@ -152,12 +174,12 @@ def _agreeing(first: Sequence[int], second: Sequence[int]) -> int:
 
 def _supervised_from(row: Mapping[str, Any]) -> int:
     """Position of the first supervised token; behind the last where a class is predicted from it."""
-    label = row.get("label", row.get("labels"))
-    if label is not None and np.ndim(label) == 0:
-        return len(row["input_ids"])
-    columns = [(row[name], unsupervised) for name, unsupervised in SUPERVISION.items() if row.get(name) is not None]
+    # Labels of tokens decide alone where there are any; the mask they were made of may have been overruled.
+    names = ("labels",) if np.ndim(row.get("labels", 0)) else SUPERVISION
+    columns = [(row[name], SUPERVISION[name]) for name in names if np.ndim(row.get(name, 0))]
     if not columns:
-        return 0
+        a_class = any(row.get(name) is not None for name in ("label", "labels"))
+        return len(row["input_ids"]) if a_class else 0
     return max(
         next((index for index, value in enumerate(values) if value != unsupervised), len(values))
         for values, unsupervised in columns
