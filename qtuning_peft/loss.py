@@ -60,7 +60,7 @@ def _reading(model: nn.Module, labels: Tensor) -> AbstractContextManager[None]:
     from .side_tuning.shared_prefix import unsupervised_columns
 
     layer = side_tuning_layer(model)
-    return nullcontext() if layer is None else layer.reading_from(unsupervised_columns(labels))
+    return nullcontext() if layer is None else layer.reading_from(lambda: unsupervised_columns(labels))
 
 
 def supervised_positions(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -96,7 +96,8 @@ class CurrentPass(threading.local):
 
     value: ForwardPass | None = None
     recording: BaseStates | TapReader | None = None
-    unread: int = 0
+    # Counted when asked for, as that waits for the device.
+    unread: Callable[[], int] | None = None
 
     def __reduce__(self) -> tuple[type[CurrentPass], tuple[()]]:
         # A copied or pickled model is in no pass.

@@ -8,7 +8,7 @@ section 3: "gradients only flow in the side network"), whatever trainers do to t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -256,8 +256,11 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         prefix, network = self.shared_prefix, self.active_network()
         if prefix is None or not self._learns() or network is None or network.attends:
             return None
+        unread = self._current.unread
         # The last of the prefix must not be what predicts a supervised token.
-        if self._current.unread <= len(prefix.input_ids) or depends_on_length(getattr(self.decoder, "config", None)):
+        if unread is None or unread() <= len(prefix.input_ids):
+            return None
+        if depends_on_length(getattr(self.decoder, "config", None)):
             return None
         return prefix if prefix.begins(input_ids, arguments) else None
 
@@ -266,8 +269,8 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         return self.training and torch.is_grad_enabled() and self._current.recording is None
 
     @contextmanager
-    def reading_from(self, column: int) -> Iterator[None]:
-        """Say that in passes of this context no hidden state before `column` - 1 is read."""
+    def reading_from(self, column: Callable[[], int]) -> Iterator[None]:
+        """Say that in passes of this context no hidden state before `column()` - 1 is read."""
         before, self._current.unread = self._current.unread, column
         try:
             yield

@@ -89,10 +89,10 @@ class SideTuningModel(BaseTuner):
         if layer is None:
             return nullcontext()
         if is_causal(self.model):
-            return layer.reading_from(unsupervised_columns(given.get("labels")))
+            return layer.reading_from(lambda: unsupervised_columns(given.get("labels")))
         # transformers' classifiers read the last token of a row.
         of_rows = type(self.model).__name__.endswith("ForSequenceClassification") and "input_ids" in given
-        return layer.reading_from(given["input_ids"].shape[-1] if of_rows else 0)
+        return layer.reading_from(lambda: given["input_ids"].shape[-1] if of_rows else 0)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, SideTuningConfig)
