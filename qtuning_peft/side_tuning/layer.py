@@ -244,29 +244,30 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
 
     def kept_for(self, args: tuple[Any, ...], arguments: dict[str, Any]) -> KeptStates | None:
         """Where states for a pass of training are kept, if a decoder's `args` and `arguments` allow it."""
-        kept, network = self.kept_states, self.active_network()
-        if kept is None or not self._learns() or len(args) > 1 or network is None or network.attends:
-            return None
-        if network.layers != kept.layers or depends_on_length(getattr(self.decoder, "config", None)):
+        kept = self.kept_states
+        if kept is None or len(args) > 1 or kept.layers != self._layers_with_reuse():
             return None
         return kept if kept.serve(inputs_of(args, arguments)) else None
 
     def prefix_of(self, input_ids: Any, arguments: dict[str, Any]) -> SharedPrefix | None:
         """The shared prefix, if a pass over `input_ids` (batch, length) and `arguments` can leave it out."""
-        prefix, network = self.shared_prefix, self.active_network()
-        if prefix is None or not self._learns() or network is None or network.attends:
+        prefix, unread = self.shared_prefix, self._current.unread
+        if prefix is None or unread is None or self._layers_with_reuse() is None:
             return None
-        unread = self._current.unread
         # The last of the prefix must not be what predicts a supervised token.
-        if unread is None or unread() <= len(prefix.input_ids):
-            return None
-        if depends_on_length(getattr(self.decoder, "config", None)):
+        if unread() <= len(prefix.input_ids):
             return None
         return prefix if prefix.begins(input_ids, arguments) else None
 
-    def _learns(self) -> bool:
-        # Kept for training alone: evaluation may read any position, and sees each row once.
-        return self.training and torch.is_grad_enabled() and self._current.recording is None
+    def _layers_with_reuse(self) -> list[int] | None:
+        """The tapped blocks of the active network, if what the base computed before can serve in this pass."""
+        # In training alone: evaluation may read any position, and sees each row once.
+        if not self.training or not torch.is_grad_enabled() or self._current.recording is not None:
+            return None
+        network = self.active_network()
+        if network is None or network.attends or depends_on_length(getattr(self.decoder, "config", None)):
+            return None
+        return network.layers
 
     @contextmanager
     def reading_from(self, column: Callable[[], int]) -> Iterator[None]:

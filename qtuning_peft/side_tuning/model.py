@@ -85,7 +85,8 @@ class SideTuningModel(BaseTuner):
         return CausalLMOutputWithPast(loss=loss)
 
     def _reading(self, given: dict[str, Any]) -> AbstractContextManager[None]:
-        layer = side_tuning_layer(self.model)
+        # Nothing is left out but while training; generation need not look for the layer at every token.
+        layer = side_tuning_layer(self.model) if self.training else None
         if layer is None:
             return nullcontext()
         if is_causal(self.model):
