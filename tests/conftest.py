@@ -100,10 +100,12 @@ def randomize_side_network(model: torch.nn.Module, seed: int = 1, scale: float =
     """Move every side tensor away from its start, where zeros would hide whole terms."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        # Centers are of the size of hidden states, which are small here.
+        centers = [(name, buffer, scale / 5) for name, buffer in model.named_buffers() if name.endswith(".center")]
+        for name, tensor, size in [*((name, p, scale) for name, p in model.named_parameters()), *centers]:
             if "qst_side_network" in name:
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.add_(noise.to(parameter), alpha=scale)
+                noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+                tensor.add_(noise.to(tensor), alpha=size)
 
 
 def token_ids(batch: int = 2, length: int = 12, seed: int = 2) -> torch.Tensor:

@@ -10,7 +10,8 @@ f the output of the base's final norm, and i(0) < i(1) < ... the tapped blocks:
     g_j    = y_j + mlp(norm_m(y_j))
     h      = mix(f, norm(g_last))
 
-    tap(h) = down(h), then a norm if downsample_norm is set: in "reference" a LayerNorm with eps 1e-5, whatever the base
+    tap(h) = down(h - c), c the center where there is one, then a norm if downsample_norm is set: in "reference" a
+    LayerNorm with eps 1e-5, whatever the base
         linear   W h                      adapter  L2 silu(L1 h)             lora, projection  L2 (L1 h)
         maxpool  the maximum and avgpool the mean of each r neighbouring channels
     norm(x) = x / sqrt(mean(x^2) + eps) * weight                                             (RMSNorm)
@@ -102,7 +103,8 @@ def down(tensors: Tensors, name: str, h: Array, setup: Setup) -> Array:
 
 
 def tap(tensors: Tensors, name: str, h: Array, setup: Setup) -> Array:
-    t = down(tensors, f"{name}.down", h, setup)
+    center = tensors.get(f"{name}.center")
+    t = down(tensors, f"{name}.down", h if center is None else h - center, setup)
     eps = 1e-5 if setup.mixing == "reference" else setup.eps
     return norm(tensors, f"{name}.norm", t, eps) if setup.downsample_norm else t
 

@@ -48,6 +48,7 @@ def test_the_exact_tensors_of_a_saved_adapter(tmp_path: Path) -> None:
     ]
     expected = {"embedding_tap.down.weight": (16, 64), "embedding_tap.norm.weight": (16,), "norm.weight": (16,)}
     expected |= {"mix.up_proj.weight": (64, 16), "mix.up_proj.bias": (64,)}
+    expected |= {f"{tap}.center": (64,) for tap in ("embedding_tap", "taps.0", "taps.1", "taps.2")}
     for i in range(3):
         expected |= {f"taps.{i}.down.weight": (16, 64), f"taps.{i}.norm.weight": (16,), f"gates.{i}.weight": (16,)}
         expected |= {f"blocks.{i}.{name}": shape for name, shape in BLOCK.items()}

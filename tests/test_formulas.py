@@ -342,6 +342,7 @@ def expected_shapes(family: str, downsample: str, norm: bool, mixing: str) -> di
     elif mixing != "residual":
         shapes["mix.weight"] = () if mixing == "paper" else (d,)
     for tap in ("embedding_tap", "taps.0", "taps.1"):
+        shapes[f"{tap}.center"] = (d,)
         if downsample == "linear":
             shapes |= {f"{tap}.down.weight": (w, d)}
         elif downsample in ("lora", "adapter", "projection"):

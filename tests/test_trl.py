@@ -266,7 +266,7 @@ def test_the_block_has_every_field_of_the_configuration() -> None:
         "layers_to_transform": [0, 2], "side_dropout": 0.1, "mixing": "paper", "compute_dtype": "bfloat16",
         "modules_to_save": ["score"], "target_modules": None, "trainable_token_indices": None,
         "base_hidden_size": 64, "base_num_layers": 4, "tokenizer_fingerprint": None, "tap_storage": "int4",
-        "side_attention": True, "tap_every": 2,
+        "side_attention": True, "tap_every": 2, "center_taps": False,
     }  # fmt: skip
     assert set(QSTBlock.model_fields) == set(chosen)
     config = read_block("qst", QSTBlock, chosen).peft_config()

@@ -41,9 +41,13 @@ def spread(values: Iterable[float]) -> str:
 
 def what(row: Row) -> list[object]:
     """The columns that say what was trained, and on what; see `WHAT`."""
+    # Rows from before taps had centers do not have the option.
+    given = row["options"]["arguments"]
+    uncentered = row["method"].startswith("side") and not given.get("center_taps")
+    method = row["method"] + (", no centers" if uncentered else "")
     base = "NF4" if row["options"]["four_bit"] else "float32"
     return [
-        row["task"], f"{row['rows']} x {row['epochs']:g}", row["method"], base, row.get("demonstrations") or "-",
+        row["task"], f"{row['rows']} x {row['epochs']:g}", method, base, row.get("demonstrations") or "-",
         f"{row['learning_rate']:g}",
     ]  # fmt: skip
 
@@ -96,17 +100,17 @@ def results(images: Path) -> str:
 
 
 def rates(images: Path) -> str:
-    """Learning rates that were tried, shorter."""
+    """Learning rates that were tried; not their times, as other work may run beside such a search."""
     groups = runs(reported=False)
     if not groups:
         return not_measured(TRAIN)
     lines = [
         [
-            *what(group[0]), f"{mean(row['seconds'] for row in group):.0f}", spread(row["chosen_by"] for row in group),
+            *what(group[0]), spread(row["chosen_by"] for row in group),
         ]
         for group in groups
     ]  # fmt: skip
-    header = [*WHAT, "training, s", "rows to choose by"]
+    header = [*WHAT, "rows to choose by"]
     return "\n\n".join(
         [markdown(header, lines), source([row for group in groups for row in group], groups[-1][-1]["command"])]
     )

@@ -46,6 +46,9 @@ class SideTuningConfig(PeftConfig):
             Inner width of `"adapter"`, `"lora"` and `"projection"`.
         downsample_norm (`bool`):
             Normalize every down-sampled hidden state. The authors' code does, the paper does not say so.
+        center_taps (`bool`):
+            Take off every tapped hidden state what those that the loss reads have in common: their mean in the first
+            pass of training, saved with the adapter. Little for language modelling, much for classifiers.
         num_side_heads (`int`, *optional*):
             Attention heads of a side block, with `side_attention`. By default heads of size 64 where the side width
             allows it; the number is filled in.
@@ -105,6 +108,10 @@ class SideTuningConfig(PeftConfig):
     )
     downsample_norm: bool = field(
         default=True, metadata={"help": "Normalize every down-sampled hidden state, as the authors' code does."}
+    )
+    center_taps: bool = field(
+        default=True,
+        metadata={"help": "Take their mean, as the first pass of training finds it, off the tapped hidden states."},
     )
     num_side_heads: int | None = field(
         default=None,
@@ -174,6 +181,7 @@ class SideTuningConfig(PeftConfig):
         self.auto_mapping = None
         self._check_bool("inference_mode")
         self._check_bool("downsample_norm")
+        self._check_bool("center_taps")
         self._check_bool("side_attention")
         if not isinstance(self.target_modules, str):
             check_names("target_modules", self.target_modules)
@@ -227,7 +235,7 @@ class SideTuningConfig(PeftConfig):
             **options: Fields that differ.
         """
         published = {"r": 16, "downsample": "adapter", "downsample_norm": False, "mixing": "paper"}
-        return cls(**{**published, "side_attention": True, "tap_every": 1, **options})
+        return cls(**{**published, "center_taps": False, "side_attention": True, "tap_every": 1, **options})
 
     @classmethod
     def reference(cls, **options: Any) -> SideTuningConfig:

@@ -98,7 +98,7 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         # Left on: what the decoder does behind its norm (a view, a projection) is on the way to the loss.
         torch.set_grad_enabled(current.outer_grad)
         current.finished = True
-        return current.network.finish(base, current.side)
+        return current.network.finish(base, current.side, current.taps)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: there is nothing in the base that a side network could be added to."""
@@ -292,7 +292,7 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
             inputs = current.block_inputs(block, arguments)
             current.side = network.step(step, hidden_states, current.side, inputs, current.taps)
             current.steps += 1
-        return states.output_with(network.finish(states.normed, current.side))
+        return states.output_with(network.finish(states.normed, current.side, current.taps))
 
     def active_network(self) -> SideNetwork | None:
         """The side network that runs beside the base now, if any."""

@@ -2,8 +2,9 @@
 
     g_0 = down(embeddings)      g_i = block_i(gate_i(down_i(h_i), g_(i-1)))      h = mix(f, norm(g_N))
 
-(QST, ACL 2024, section 3.2; the gates are in `mixing`.) Each step runs as soon as its tap exists and keeps no
-reference to it, so a full-width hidden state only stays alive if a learned down-sampler needs it for backward.
+(QST, ACL 2024, section 3.2; gates are in `mixing`, what is taken off the taps in `centering`.) Each step runs as soon
+as its tap exists and keeps no reference to it, so a full-width hidden state only stays alive if a learned down-sampler
+needs it for backward.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .block import BlockInputs, LayerNorm, SideBlock, default_num_heads, make_norm
-from .config import SideTuningConfig
+from .centering import mean_where_read
+from .config import LEARNED, SideTuningConfig
 from .decoder import DecoderSpec
 from .downsample import make_downsample
 from .mixing import InputGate, OutputMix
@@ -25,10 +28,15 @@ from .tap_storage import RunBase, TapStorage, make_tap_storage
 
 
 class Tap(nn.Module):
-    """A down-sampler, and the norm behind it."""
+    """A down-sampler, the center of what enters it, and the norm behind it."""
+
+    center: Tensor | None
 
     def __init__(self, config: SideTuningConfig, spec: DecoderSpec, width: int) -> None:
         super().__init__()
+        # Zero until the first pass of training.
+        center = torch.zeros(spec.hidden_size, dtype=torch.float32) if config.center_taps else None
+        self.register_buffer("center", center)
         self.down = make_downsample(config, spec.hidden_size)
         self.norm = self._make_norm(config, spec, width) if config.downsample_norm else nn.Identity()
 
@@ -36,6 +44,10 @@ class Tap(nn.Module):
     def _make_norm(config: SideTuningConfig, spec: DecoderSpec, width: int) -> nn.Module:
         # The authors' code has a LayerNorm here whatever norm the base has.
         return LayerNorm(width, dtype=torch.float32) if config.mixing == "reference" else make_norm(spec, width)
+
+    def centered(self, hidden_states: Tensor) -> Tensor:
+        """`hidden_states` (batch, length, d) without what they have in common."""
+        return hidden_states if self.center is None else (hidden_states - self.center).to(hidden_states.dtype)
 
     def normed(self, narrow: Tensor, dtype: torch.dtype) -> Tensor:
         """Norm of what the down-sampler gave, in `dtype`."""
@@ -65,6 +77,8 @@ class SideNetwork(nn.Module):
         self.head_dim = None if heads is None else width // heads
         self.compute_dtype = None if config.compute_dtype == "auto" else getattr(torch, config.compute_dtype)
         self.tap_storage = config.tap_storage
+        self._holds_taps = config.downsample in LEARNED and config.tap_storage == "full"
+        self._centered = not config.center_taps
         self.embedding_tap = Tap(config, spec, width)
         self.taps = nn.ModuleList(Tap(config, spec, width) for _ in self.layers)
         self.gates = nn.ModuleList(InputGate(config.mixing, width) for _ in self.layers)
@@ -116,13 +130,33 @@ class SideNetwork(nn.Module):
 
     def make_tap_storage(self, run_base: RunBase | None) -> TapStorage:
         """How taps of one pass are held for backward; see `tap_storage`."""
-        downs = [self.embedding_tap.down, *(self._tap(index).down for index in range(len(self.layers)))]
-        return make_tap_storage(self.tap_storage, downs, run_base, self.training and torch.is_grad_enabled())
+        training = self.training and torch.is_grad_enabled()
+        downs = [tap.down for tap in self._every_tap()]
+        taps = make_tap_storage(self.tap_storage, downs, self._centers(), run_base, training)
+        taps.seen = [] if training and self._lacks_centers() else None
+        return taps
+
+    def _centers(self) -> list[Tensor]:
+        return [tap.center for tap in self._every_tap() if tap.center is not None]
+
+    def _lacks_centers(self) -> bool:
+        """Whether the taps' centers were neither measured nor loaded."""
+        # Their numbers are looked at until they are there and no longer, as that waits for the device.
+        self._centered = self._centered or any(bool(center.any()) for center in self._centers())
+        return not self._centered
+
+    def _center(self, seen: list[Tensor], gradient: Tensor) -> None:
+        """Measure the centers from the hidden states and the gradient of a first pass."""
+        means = mean_where_read(seen, gradient) if self._lacks_centers() else None
+        seen.clear()
+        if means is not None:
+            for center, mean in zip(self._centers(), means, strict=True):
+                center.copy_(mean)
 
     def start(self, embeddings: Tensor, taps: TapStorage) -> Tensor:
         """Side state from the embeddings: (batch, length, d) to (batch, length, d/r)."""
         with self.autocast(embeddings):
-            narrow = taps.narrow(0, self.embedding_tap.down, self._received(embeddings))
+            narrow = self._narrow(0, self.embedding_tap, embeddings, taps)
             return self.embedding_tap.normed(narrow, self._stream_dtype(embeddings))
 
     def step(self, index: int, hidden_states: Tensor, side: Tensor, inputs: BlockInputs, taps: TapStorage) -> Tensor:
@@ -140,13 +174,20 @@ class SideNetwork(nn.Module):
         """
         with self.autocast(hidden_states):
             # All that checkpointing has to hold, beside the side state.
-            narrow = taps.narrow(index + 1, self._tap(index).down, self._received(hidden_states))
+            narrow = self._narrow(index + 1, self._tap(index), hidden_states, taps)
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 # Replaying would store keys and values twice; who trains with checkpointing does not generate.
                 inputs = replace(inputs, cache=None)
                 # Not the reentrant kind: a pooled tap needs no gradient, which it takes for the end of the graph.
                 return checkpoint(self._advance, index, narrow, side, inputs, use_reentrant=False)
             return self._advance(index, narrow, side, inputs)
+
+    def _narrow(self, index: int, tap: Tap, hidden_states: Tensor, taps: TapStorage) -> Tensor:
+        states = self._received(hidden_states)
+        if taps.seen is not None:
+            # Where training holds no taps, its first pass must not either.
+            taps.seen.append(states if self._holds_taps else states.cpu())
+        return taps.narrow(index, tap.down, tap.centered(states))
 
     def _advance(self, index: int, narrow: Tensor, side: Tensor, inputs: BlockInputs) -> Tensor:
         tap = self._tap(index).normed(narrow, side.dtype)
@@ -157,10 +198,16 @@ class SideNetwork(nn.Module):
         assert isinstance(tap, Tap)
         return tap
 
-    def finish(self, base: Tensor, side: Tensor) -> Tensor:
+    def _every_tap(self) -> list[Tap]:
+        return [self.embedding_tap, *(self._tap(index) for index in range(len(self.layers)))]
+
+    def finish(self, base: Tensor, side: Tensor, taps: TapStorage) -> Tensor:
         """Mix the side state (batch, length, d/r) into the base's normed final state (batch, length, d)."""
         with self.autocast(base):
-            return self.mix(base, self.norm(side).to(base.device))
+            mixed: Tensor = self.mix(base, self.norm(side).to(base.device))
+        if taps.seen is not None and mixed.requires_grad:
+            mixed.register_hook(partial(self._center, taps.seen))
+        return mixed
 
     def _received(self, hidden_states: Tensor) -> Tensor:
         """A tap on the side network's device; in its dtype too, unless autocast takes care of that."""

@@ -23,7 +23,13 @@ GROUP = 64
 
 
 class TapStorage:
-    """Applies down-samplers, and holds their input for backward as it is."""
+    """Applies down-samplers, and holds their input for backward as it is.
+
+    Attributes:
+        seen: Taps before their centers are taken off, each (batch, length, d), in a pass that measures these.
+    """
+
+    seen: list[Tensor] | None = None
 
     def narrow(self, index: int, down: nn.Module, hidden_states: Tensor) -> Tensor:
         """Down-sample tap `index` (0 for the embeddings), from (batch, length, d) to (batch, length, d/r)."""
@@ -78,11 +84,14 @@ class RecomputedTaps(TapStorage):
 
     Args:
         downs: The down-samplers, that of the embeddings first.
+        centers: What is taken off their input, each (d,); none if nothing is.
         run_base: Runs the base once more, and hands the embeddings and every tapped block's output to its argument.
     """
 
-    def __init__(self, downs: list[nn.Module], run_base: RunBase) -> None:
+    def __init__(self, downs: list[nn.Module], centers: list[Tensor], run_base: RunBase) -> None:
         self.run_base = run_base
+        # As they are in this forward pass: its own backward may set them.
+        self.centers = torch.stack(centers) if centers else None  # (taps, d)
         self.deltas: list[Tensor | None] = [None] * len(downs)
         weights = [_first(down).weight for down in downs]
         # Down-samplers get their weights from this one node, so that autograd knows when all of them had backward.
@@ -103,8 +112,8 @@ class TapReader:
 
     normed: Tensor | None = None
 
-    def __init__(self, deltas: list[Tensor | None]) -> None:
-        self.deltas = deltas
+    def __init__(self, deltas: list[Tensor | None], centers: Tensor | None) -> None:
+        self.deltas, self.centers = deltas, centers
         self.gradients: list[Tensor | None] = []
 
     @property
@@ -122,7 +131,10 @@ class TapReader:
 
     def _read(self, hidden_states: Tensor) -> None:
         if len(self.gradients) < len(self.deltas):
-            delta = self.deltas[len(self.gradients)]  # (batch, length, width)
+            tap = len(self.gradients)
+            delta = self.deltas[tap]  # (batch, length, width)
+            if self.centers is not None:
+                hidden_states = hidden_states.to(self.centers.device) - self.centers[tap]
             self.gradients.append(None if delta is None else _weight_gradient(delta, hidden_states))
 
 
@@ -157,7 +169,7 @@ class _GradientFromBase(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *nothing: None) -> tuple[Tensor | None, ...]:
-        reader = TapReader(ctx.taps.deltas)
+        reader = TapReader(ctx.taps.deltas, ctx.taps.centers)
         ctx.taps.run_base(reader)
         if len(reader.gradients) != len(ctx.dtypes):
             raise RuntimeError(
@@ -196,12 +208,15 @@ def _rest(down: nn.Module) -> nn.Sequential:
     return nn.Sequential(*list(down.children())[1:])  # of a linear one, nothing
 
 
-def make_tap_storage(kind: str, downs: list[nn.Module], run_base: RunBase | None, training: bool) -> TapStorage:
+def make_tap_storage(
+    kind: str, downs: list[nn.Module], centers: list[Tensor], run_base: RunBase | None, training: bool
+) -> TapStorage:
     """The storage that `kind` names, for one forward pass.
 
     Args:
         kind: `"full"`, `"int8"`, `"int4"` or `"recompute"`.
         downs: The down-samplers, that of the embeddings first.
+        centers: What is taken off their input, each (d,); none if nothing is.
         run_base: See `RecomputedTaps`.
         training: Whether a backward pass may follow.
     """
@@ -209,5 +224,5 @@ def make_tap_storage(kind: str, downs: list[nn.Module], run_base: RunBase | None
         return TapStorage()
     if kind == "recompute":
         assert run_base is not None
-        return RecomputedTaps(downs, run_base)
+        return RecomputedTaps(downs, centers, run_base)
     return QuantizedTaps(int(kind.removeprefix("int")))
