@@ -12,6 +12,7 @@ from benchmarks.common import markdown
 from benchmarks.rows import Row
 
 LORA = ("lora", "lora-r8", "qlora")
+SEEDS = 3  # fewer decide nothing about an accuracy
 Seeds = list[Row]
 
 
@@ -77,10 +78,13 @@ def of_accuracy(groups: list[Seeds]) -> Iterator[list[str]]:
         for base, lora, sides in pairs(groups, task):
             best = chosen([s for s in sides if s[0]["rows"] == lora[0]["rows"]] or sides, higher=True)
             gap = 100 * (told(best) - told(lora))
+            verdict = "met" if gap >= -1 else "**missed**"
+            if min(len(lora), len(best)) < SEEDS:
+                verdict = f"open, as {SEEDS} seeds are asked"
             yield [
-                f"{task}, {base}", "within 1 point", f"{told(lora):.1%} in {seconds(lora):.0f} s, {name(lora)}",
+                f"{task}, {base}", "within 1 point, mean of three seeds", f"{told(lora):.1%} in {seconds(lora):.0f} s, {name(lora)}",
                 f"{told(best):.1%} in {seconds(best):.0f} s, {name(best)}",
-                f"{'met' if gap >= -1 else '**missed**'}: {gap:+.1f} points",
+                f"{verdict}: {gap:+.1f} points",
             ]  # fmt: skip
 
 
