@@ -309,14 +309,17 @@ def test_targets_compare_with_the_best_lora_at_equal_time_and_from_equal_data() 
         run("side", chosen_by=1.2, reported=1.04, seconds=39.0),
         run("side", rows=200, chosen_by=0.9, reported=0.99, seconds=104.0),
         run("side", rows=900, chosen_by=0.5, reported=0.5, seconds=300.0),
-        run("side", task="sst2", chosen_by=0.8, reported=0.8),
-        run("lora", task="sst2", chosen_by=0.9, reported=0.9),
+        3 * run("side", task="sst2", chosen_by=0.8, reported=0.8),
+        3 * run("lora", task="sst2", chosen_by=0.9, reported=0.9),
+        3 * run("side", task="rte", chosen_by=0.8, reported=0.8),
+        run("lora", task="rte", chosen_by=0.9, reported=0.9),
         run("qlora", options={"four_bit": True}),  # nothing beside it
     ]
-    equal_time, equal_data, accuracy = (*targets.of_losses(groups), *targets.of_accuracy(groups))
+    equal_time, equal_data, accuracy, one_seed = (*targets.of_losses(groups), *targets.of_accuracy(groups))
     assert equal_time[2:4] == ["1.000 in 100 s, 80 x 1 rows, 1 seed", "0.990 in 104 s, 200 x 1 rows, 1 seed"]
     assert equal_time[4] == "met: -0.010 in 1.04 of the time"
     assert equal_data[4] == "met: +0.040 in 0.39 of the time"
     assert accuracy[4] == "**missed**: -10.0 points"
+    assert one_seed[4] == "open, as 3 seeds are asked: -10.0 points"
     memory = list(targets.of_memory(lambda: {"side": 1.0, "lora": 4.0, "qlora": 1.5}))
     assert [line[4] for line in memory] == ["met: 0.25", "**missed**: 0.67"]

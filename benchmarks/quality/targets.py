@@ -82,7 +82,8 @@ def of_accuracy(groups: list[Seeds]) -> Iterator[list[str]]:
             if min(len(lora), len(best)) < SEEDS:
                 verdict = f"open, as {SEEDS} seeds are asked"
             yield [
-                f"{task}, {base}", "within 1 point, mean of three seeds", f"{told(lora):.1%} in {seconds(lora):.0f} s, {name(lora)}",
+                f"{task}, {base}", "within 1 point, mean of three seeds",
+                f"{told(lora):.1%} in {seconds(lora):.0f} s, {name(lora)}",
                 f"{told(best):.1%} in {seconds(best):.0f} s, {name(best)}",
                 f"{verdict}: {gap:+.1f} points",
             ]  # fmt: skip
