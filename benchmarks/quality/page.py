@@ -104,12 +104,7 @@ def rates(images: Path) -> str:
     groups = runs(reported=False)
     if not groups:
         return not_measured(TRAIN)
-    lines = [
-        [
-            *what(group[0]), spread(row["chosen_by"] for row in group),
-        ]
-        for group in groups
-    ]  # fmt: skip
+    lines = [[*what(group[0]), spread(row["chosen_by"] for row in group)] for group in groups]
     header = [*WHAT, "rows to choose by"]
     return "\n\n".join(
         [markdown(header, lines), source([row for group in groups for row in group], groups[-1][-1]["command"])]
