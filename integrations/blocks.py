@@ -11,9 +11,11 @@ from typing import Any, Literal, TypeVar, get_type_hints
 
 from peft import PeftConfig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from transformers import TrainerCallback
 
 from qtuning_peft.eu_plane import EUPruner, EUPruningCallback
 from qtuning_peft.side_tuning import SideTuningConfig
+from qtuning_peft.trainer import KeepStatesCallback, SharePrefixCallback
 
 Block = TypeVar("Block", bound=BaseModel)
 
@@ -30,7 +32,8 @@ class _QSTBlock(_Block):
 
     def peft_config(self, task_type: str = "CAUSAL_LM") -> SideTuningConfig:
         """The PEFT configuration that this block describes."""
-        return SideTuningConfig(**self.model_dump(exclude_unset=True), task_type=task_type)
+        of_adapter = {field.name for field in fields(SideTuningConfig)}
+        return SideTuningConfig(**self.model_dump(exclude_unset=True, include=of_adapter), task_type=task_type)
 
 
 def _qst_block() -> type[_QSTBlock]:
@@ -46,6 +49,22 @@ def _qst_block() -> type[_QSTBlock]:
 
 
 QSTBlock = _qst_block()
+
+
+class QSTTrainingBlock(QSTBlock):  # type: ignore[misc,valid-type]
+    """The block `qst` where callbacks can be added to the trainer: also how to run the base as little as possible."""
+
+    keep_states_gib: float | None = Field(
+        default=None,
+        gt=0,
+        description="GiB of main memory for the base's hidden states, so that epochs after the first cost the side "
+        "network alone (`KeepStatesCallback`). By default none are kept.",
+    )
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """What is added to the trainer, see `qtuning_peft.trainer`."""
+        kept = [] if self.keep_states_gib is None else [KeepStatesCallback(self.keep_states_gib)]
+        return [SharePrefixCallback(), *kept]
 
 
 class EUPruningBlock(_Block):

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from qtuning_peft.side_tuning import SideTuningConfig
 from qtuning_peft.training_facts import TrainingFacts, is_hub_name, machine, peak_memory
 
-from .blocks import EUPruningBlock, QSTBlock
+from .blocks import EUPruningBlock, QSTTrainingBlock
 
 # The keys of TRL, then those of Axolotl that have another name.
 SHOWN = (
@@ -36,7 +36,7 @@ SHOWN = (
     "optimizer", "num_epochs", "micro_batch_size",
 )  # fmt: skip
 SHOWN_OF_DATA = {"path", "name", "split", "type", "ds_type", "fraction", "shards"}
-SHOWN_OF_BLOCKS = {*QSTBlock.model_fields, *EUPruningBlock.model_fields} - {"cache_path", "report_path"}
+SHOWN_OF_BLOCKS = {*QSTTrainingBlock.model_fields, *EUPruningBlock.model_fields} - {"cache_path", "report_path"}
 SHOWN_INSIDE = {
     "datasets": SHOWN_OF_DATA, "test_datasets": SHOWN_OF_DATA, "qst": SHOWN_OF_BLOCKS, "eu_pruning": SHOWN_OF_BLOCKS,
 }  # fmt: skip

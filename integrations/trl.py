@@ -25,9 +25,8 @@ from trl.scripts import sft
 
 from qtuning_peft.eu_plane import EUPruningCallback
 from qtuning_peft.model_card import complete
-from qtuning_peft.trainer import SharePrefixCallback
 
-from .blocks import EUPruningBlock, QSTBlock, read_block
+from .blocks import EUPruningBlock, QSTTrainingBlock, read_block
 from .facts import TrainingFactsCallback, datasets_on_the_hub, is_side_tuned
 from .pruning import prune_training_data
 
@@ -90,7 +89,6 @@ class EUPruningSFTTrainer(SFTTrainer):
         elif eu_pruning is not None:
             self.add_callback(EUPruningCallback(eu_pruning.pruner(tokenizer), eu_pruning.tokens_per_batch))
         if is_side_tuned(self.model):
-            self.add_callback(SharePrefixCallback())
             self.add_callback(self._facts(eu_pruning, recipe, logged))
 
     def _facts(
@@ -147,7 +145,8 @@ def main(arguments: list[str]) -> None:
     if "qst" in blocks:
         if model_args.use_peft:
             raise ValueError("use_peft is true beside the block qst, but that asks for LoRA; remove one of the two.")
-        options["peft_config"] = read_block("qst", QSTBlock, blocks["qst"]).peft_config()
+        block = read_block("qst", QSTTrainingBlock, blocks["qst"])
+        options |= {"peft_config": block.peft_config(), "callbacks": block.callbacks()}
     if "eu_pruning" in blocks:
         options["eu_pruning"] = read_block("eu_pruning", EUPruningBlock, blocks["eu_pruning"])
     # What is kept belongs on the screen of every run.

@@ -13,9 +13,10 @@ if ! cmp -s constraints-oldest.txt "$oldest/installed"; then
     .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --target "$oldest" -r constraints-oldest.txt
     cp constraints-oldest.txt "$oldest/installed"
 fi
-PYTHONPATH="$oldest" .venv/bin/pytest -q tests/test_files.py tests/test_peft.py tests/test_generation.py \
-    tests/test_no_gradient_in_base.py tests/test_positions.py tests/test_trainers.py tests/test_eu_scores.py \
-    tests/test_eu_training.py tests/test_trl.py tests/test_safe_loading.py tests/test_model_card.py tests/test_taps.py \
-    tests/test_loss.py tests/test_shared_prefix.py tests/test_kept_states.py tests/test_centering.py
+PYTHONPATH="$oldest" .venv/bin/pytest -q -n auto --dist worksteal tests/test_files.py tests/test_peft.py \
+    tests/test_generation.py tests/test_no_gradient_in_base.py tests/test_positions.py tests/test_trainers.py \
+    tests/test_eu_scores.py tests/test_eu_training.py tests/test_trl.py tests/test_safe_loading.py \
+    tests/test_model_card.py tests/test_taps.py tests/test_loss.py tests/test_shared_prefix.py \
+    tests/test_kept_states.py tests/test_centering.py
 
-.venv/bin/pytest "$@"
+.venv/bin/pytest -n auto --dist worksteal "$@"

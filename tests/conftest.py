@@ -29,6 +29,10 @@ from transformers import (
 
 import qtuning_peft  # noqa: F401  (registers QST with PEFT)
 
+# Tests that run at the same time share the cores; so do the programs they start.
+THREADS = max((os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), 1)
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+
 VOCABULARY = 100
 # A side network with gates and attention, beside every block.
 EVERY_PART = {"side_attention": True, "tap_every": 1, "mixing": "residual"}
@@ -120,8 +124,8 @@ def side_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> None:
-    """One thread for the small models, on which more cost time, and all for the real one."""
-    torch.set_num_threads((os.cpu_count() or 1) if request.node.get_closest_marker("smollm2") else 1)
+    """One thread for the small models, on which more cost time, and all there are for the real one."""
+    torch.set_num_threads(THREADS if request.node.get_closest_marker("smollm2") else 1)
 
 
 @pytest.fixture(scope="session")

@@ -297,7 +297,7 @@ def test_the_command_lists_and_refuses_in_a_sentence(
 def run(method: str, **row: object) -> list[dict]:
     given = {
         "task": "gsm8k", "rows": 80, "epochs": 1, "demonstrations": 0, "method": method, "chosen_by": 1.0,
-        "reported": 1.0, "seconds": 100.0, "options": {"four_bit": False},
+        "reported": 1.0, "report_rows": 300, "seconds": 100.0, "options": {"four_bit": False},
     }  # fmt: skip
     return [{**given, **row}]
 
@@ -319,7 +319,9 @@ def test_targets_compare_with_the_best_lora_at_equal_time_and_from_equal_data() 
     assert equal_time[2:4] == ["1.000 in 100 s, 80 x 1 rows, 1 seed", "0.990 in 104 s, 200 x 1 rows, 1 seed"]
     assert equal_time[4] == "met: -0.010 in 1.04 of the time"
     assert equal_data[4] == "met: +0.040 in 0.39 of the time"
-    assert accuracy[4] == "**missed**: -10.0 points"
-    assert one_seed[4] == "open, as 3 seeds are asked: -10.0 points"
+    assert accuracy[4] == "**missed**: -10.0 ± 2.9 points"
+    assert one_seed[4] == "open, as 3 seeds are asked: -10.0 ± 2.9 points"
+    (guessing,) = targets.of_accuracy([3 * run(name, task="rte", reported=0.53) for name in ("side", "lora")])
+    assert guessing[4] == "open, as LoRA learned nothing: +0.0 ± 4.1 points"
     memory = list(targets.of_memory(lambda: {"side": 1.0, "lora": 4.0, "qlora": 1.5}))
     assert [line[4] for line in memory] == ["met: 0.25", "**missed**: 0.67"]

@@ -147,7 +147,7 @@ def test_a_recipe_of_trl_becomes_ours_with_a_block(folder: Path, tmp_path: Path)
         "model_name_or_path": str(folder / "model"), "dataset_name": str(folder / "chat"),
         "assistant_only_loss": True, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "hub_token": "hf_s3cret",
     }  # fmt: skip
-    blocks = {"qst": {"r": 4}, "eu_pruning": {"sample_ratio": 0.5, "token_ratio": 0.7}}
+    blocks = {"qst": {"r": 4, "keep_states_gib": 1}, "eu_pruning": {"sample_ratio": 0.5, "token_ratio": 0.7}}
     done = run(tmp_path, "qst", recipe | blocks, "--weight_decay", "0.125")
     assert done.returncode == 0, done.stderr
     assert "kept 32 of 64 samples" in done.stderr
@@ -161,9 +161,9 @@ def test_a_recipe_of_trl_becomes_ours_with_a_block(folder: Path, tmp_path: Path)
     # What the file, the command line and the log say of it is in its card, but nothing of this machine.
     card = ModelCard.load(out / "README.md")
     for known in (
-        "| pruning | kept 32 of 64 samples", "| steps | 8 |", "token_ratio: 0.7", "learning_rate: 0.005",
-        "weight_decay: 0.125", "load_in_4bit: true", "| machine | ", "MiB resident", "import qtuning_peft",
-        "huggingface/trl",
+        "| pruning | kept 32 of 64 samples", "| steps | 8 |", "token_ratio: 0.7", "keep_states_gib: 1",
+        "learning_rate: 0.005", "weight_decay: 0.125", "load_in_4bit: true", "| machine | ", "MiB resident",
+        "import qtuning_peft", "huggingface/trl",
     ):  # fmt: skip
         assert known in card.text
     assert (card.data.library_name, card.data.datasets) == ("peft", None)
@@ -232,6 +232,7 @@ def test_batches_are_pruned_dynamically(folder: Path, tmp_path: Path) -> None:
         ({"qst": {"rank": 4}}, "qst.rank is no field; choose from r, "),
         ({"qst": {"r": 1}}, "qst: r is 1; give an integer of at least 2."),
         ({"qst": {"r": "wide"}}, "qst.r: "),
+        ({"qst": {"keep_states_gib": 0}}, "qst.keep_states_gib: Input should be greater than 0"),
         ({"qst": 4}, "qst: "),
         ({"qst": {}, "use_peft": True}, "use_peft is true"),
         ({"eu_pruning": {}}, "eu_pruning: No budget is given"),

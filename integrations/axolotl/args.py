@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
-from ..blocks import EUPruningBlock, QSTBlock, read_block
+from ..blocks import EUPruningBlock, QSTTrainingBlock, read_block
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 INT8 = {"load_in_8bit": True}
@@ -18,8 +18,9 @@ NOT_OF_LORA = ("lora_model_dir", "lora_on_cpu")
 class QTuningArgs(BaseModel):
     """Axolotl's configuration has these keys besides its own."""
 
-    qst: QSTBlock | None = Field(  # type: ignore[valid-type]
-        default=None, description="Quantized side tuning, with `adapter: qst`: the fields of `SideTuningConfig`."
+    qst: QSTTrainingBlock | None = Field(
+        default=None,
+        description="Quantized side tuning, with `adapter: qst`: the fields of `SideTuningConfig`, and what to keep.",
     )
     eu_pruning: EUPruningBlock | None = Field(
         default=None, description="Pruning of the training data on the Error-Uncertainty plane, with any adapter."
@@ -30,7 +31,7 @@ class QTuningArgs(BaseModel):
     def check(cls, data: Any) -> Any:
         """Refuse what contradicts the blocks, and ask for the quantization that Axolotl keeps for its own adapters."""
         if "qst" in data and data["qst"] is not None:
-            read_block("qst", QSTBlock, data["qst"])
+            read_block("qst", QSTTrainingBlock, data["qst"])
         if "eu_pruning" in data:
             read_block("eu_pruning", EUPruningBlock, data["eu_pruning"])
             if data.get("rl"):

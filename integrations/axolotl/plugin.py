@@ -32,10 +32,10 @@ class QTuningPlugin(BasePlugin):
             return None
         from peft import PeftModel, get_peft_model
 
-        from ..blocks import QSTBlock
+        from ..blocks import QSTTrainingBlock
 
         task_type = "SEQ_CLS" if cfg.reward_model else "CAUSAL_LM"
-        config = QSTBlock(**(cfg.qst or {})).peft_config(task_type)
+        config = QSTTrainingBlock(**(cfg.qst or {})).peft_config(task_type)
         if config_only:
             return None, config
         # Axolotl has asked for gradients of the embeddings, which nothing here reads.
@@ -78,15 +78,16 @@ class QTuningPlugin(BasePlugin):
         return arguments or None
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        """Prune every batch, if asked to."""
-        if not cfg.eu_pruning or cfg.eu_pruning.mode != "dynamic":
-            return []
+        """Run the base as little as the block `qst` allows, and prune every batch, if asked to."""
         from qtuning_peft.eu_plane import EUPruningCallback
 
-        from ..blocks import EUPruningBlock
+        from ..blocks import EUPruningBlock, QSTTrainingBlock
 
-        block = EUPruningBlock(**cfg.eu_pruning)
-        return [EUPruningCallback(block.pruner(trainer.processing_class), block.tokens_per_batch)]
+        callbacks: list[Any] = QSTTrainingBlock(**(cfg.qst or {})).callbacks() if cfg.adapter == "qst" else []
+        if cfg.eu_pruning and cfg.eu_pruning.mode == "dynamic":
+            block = EUPruningBlock(**cfg.eu_pruning)
+            callbacks.append(EUPruningCallback(block.pruner(trainer.processing_class), block.tokens_per_batch))
+        return callbacks
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Prune the training data, if asked to, and keep a side network's card at what the trainer logs."""

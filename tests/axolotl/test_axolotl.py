@@ -95,7 +95,8 @@ def loss_outside(folder: Path, adapter: Path) -> float:
 
 def test_preprocess_train_resume_evaluate_and_inference(folder: Path) -> None:
     pruning = {"sample_ratio": 0.5, "token_ratio": 0.7}
-    file = config(folder, "qst", **QST, eu_pruning=pruning, load_in_4bit=True)
+    qst = {"r": 4, "keep_states_gib": 1}
+    file = config(folder, "qst", **QST | {"qst": qst}, eu_pruning=pruning, load_in_4bit=True)
     axolotl("preprocess", file)
     output = train(file)
     out = folder / "qst"
