@@ -396,7 +396,8 @@ for arguments in (
     assert {file.name for file in (folder / "pulled").iterdir()} >= {"README.md", "adapter_config.json", WEIGHTS}
     assert not (folder / "pulled" / ".cache").exists()
     assert (folder / "pulled" / WEIGHTS).read_bytes() == (folder / "second" / WEIGHTS).read_bytes()
-    assert "is not empty; name another folder" in output
+    # Where lines break depends on the length of the folder's name.
+    assert "is not empty; name another folder" in " ".join(output.replace("│", "").split())
     assert not (folder / "no-adapter").exists()
     codes = [line.split()[0] for line in output.splitlines() if line[:2] in ("0 ", "1 ")]
     assert codes == ["0", "0", "1", "1", "0"], output
