@@ -96,7 +96,7 @@ def test_a_template_that_marks_the_assistant_is_believed(tokenizer: Any) -> None
 
 
 @pytest.mark.parametrize("kind", ["prompt-completion", "messages"])
-def test_tokens_and_labels_are_those_of_trl(tokenizer: Any, kind: str) -> None:
+def test_tokens_and_labels_are_those_of_trl(tokenizer: Any, kind: str, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     if kind == "messages":
@@ -106,7 +106,9 @@ def test_tokens_and_labels_are_those_of_trl(tokenizer: Any, kind: str) -> None:
         rows = [{"prompt": QUESTION, "completion": ANSWER}, {"prompt": TALK[:4], "completion": TALK[4:]}]
     trainer = trl.SFTTrainer(
         tiny(vocab_size=len(tokenizer)),
-        args=trl.SFTConfig(output_dir="unused", report_to="none", assistant_only_loss=kind == "messages", use_cpu=True),
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path), report_to="none", assistant_only_loss=kind == "messages", use_cpu=True
+        ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
