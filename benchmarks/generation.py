@@ -64,7 +64,7 @@ def main() -> None:
             generate(name, 2)
         for _ in range(arguments.rounds):
             for name in models:
-                times[name].append(seconds(lambda name=name: generate(name, arguments.new_tokens)))  # type: ignore[misc]
+                times[name].append(seconds(lambda name=name: generate(name, arguments.new_tokens)))  # type: ignore[misc]  # a default binds it now
         tokens = batch * arguments.new_tokens
         row = {
             "base": arguments.base, "four_bit": arguments.four_bit, "batch": batch, "prompt": arguments.prompt,

@@ -51,7 +51,7 @@ def _qst_block() -> type[_QSTBlock]:
 QSTBlock = _qst_block()
 
 
-class QSTTrainingBlock(QSTBlock):  # type: ignore[misc,valid-type]
+class QSTTrainingBlock(QSTBlock):  # type: ignore[misc,valid-type]  # its base is made at run time
     """The block `qst` where callbacks can be added to the trainer: also how to run the base as little as possible."""
 
     keep_states_gib: float | None = Field(

@@ -72,7 +72,7 @@ class EUPruningSFTTrainer(SFTTrainer):
             logged.append(message)
 
         if self._static_block is not None:
-            data: Any = self.train_dataset  # type: ignore[has-type]
+            data: Any = self.train_dataset  # type: ignore[has-type]  # set by TRL, and again below
             if not isinstance(data, Dataset):
                 raise ValueError(
                     "eu_pruning.mode is 'static', but the training data is streamed and cannot be seen whole; choose "

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import EvalResult
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # imported there, not exported
 
 BEGIN, END = "<!-- training facts of qtuning-peft -->", "<!-- end of training facts of qtuning-peft -->"
 # Rows that are read of a card; we write fewer.

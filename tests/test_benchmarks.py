@@ -71,7 +71,7 @@ def test_a_grid_goes_on_and_becomes_a_page(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_plot_is_the_same_for_the_same_rows(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="draws: pip install matplotlib")
     lines = {"side": [(1.0, 2.0), (2.0, 3.0)]}
     assert "images/plot.svg" in tables.plot(tmp_path / "plot.svg", lines, "x", "y")
     first = (tmp_path / "plot.svg").read_bytes()

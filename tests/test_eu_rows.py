@@ -97,7 +97,7 @@ def test_a_template_that_marks_the_assistant_is_believed(tokenizer: Any) -> None
 
 @pytest.mark.parametrize("kind", ["prompt-completion", "messages"])
 def test_tokens_and_labels_are_those_of_trl(tokenizer: Any, kind: str, tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
+    trl = pytest.importorskip("trl", reason="needs TRL: pip install trl")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     if kind == "messages":
         tokenizer.chat_template = MARKED

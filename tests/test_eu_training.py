@@ -147,7 +147,7 @@ def test_packed_samples_are_dropped_with_their_tokens() -> None:
 
 
 def test_trl_trains_with_it(tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
+    trl = pytest.importorskip("trl", reason="needs TRL: pip install trl")
 
     callback = EUPruningCallback(EUPruner(sample_ratio=0.5, token_ratio=0.5))
     trainer = trl.SFTTrainer(
@@ -169,7 +169,7 @@ def test_trl_trains_with_it(tmp_path: Path) -> None:
 
 
 def test_pruned_data_trains_in_trl_with_its_labels(tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
+    trl = pytest.importorskip("trl", reason="needs TRL: pip install trl")
 
     scored = Dataset.from_list(rows_of_tokens(16)).map(EUScorer(tiny()), batched=True)
     kept = scored.map(EUPruner(sample_ratio=0.5, token_ratio=0.5).fit(scored), batched=True)
@@ -284,7 +284,7 @@ def test_at_most_two_states_wait() -> None:
 
 
 def test_packed_batches_of_trl_lose_their_dropped_tokens(tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
+    trl = pytest.importorskip("trl", reason="needs TRL: pip install trl")
     model = adapted("lora")
     lengths: list[int] = []
     model.get_base_model().model.layers[0].register_forward_pre_hook(

@@ -34,7 +34,7 @@ def nf4(folder: Path) -> PeftModel:
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit", "PagedAdamW8bit"])
 def test_every_side_tensor_learns_on_an_nf4_base(optimizer: str, tmp_path: Path) -> None:
-    bnb = pytest.importorskip("bitsandbytes")
+    bnb = pytest.importorskip("bitsandbytes", reason="needs 4-bit layers")
     model = nf4(tmp_path)
     parameters = side_parameters(model)
     assert {(p.device.type, p.dtype) for p in parameters.values()} == {("cuda", torch.float32)}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny
-from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # imported there, not exported
 from peft import PeftModel, get_peft_model
 from typer.testing import CliRunner, Result
 

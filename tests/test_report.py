@@ -20,7 +20,7 @@ from qtuning_peft.eu_plane.plot import plot_plane
 from qtuning_peft.eu_plane.pruner import EUPruner
 from qtuning_peft.eu_plane.report import MOST_TOKENS, write_report
 
-pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib", reason="draws: pip install matplotlib")
 
 WORDS = ["<script>alert(1)</script>", '"quoted"', "&amp;", "secret", *(f"w{i}" for i in range(30))]
 SECRET = WORDS.index("secret")
@@ -438,7 +438,7 @@ def test_far_outliers_leave_the_view_and_are_counted(rows: int) -> None:
 def test_density_shows_each_quadrant_in_its_place() -> None:
     error, uncertainty = np.meshgrid(np.linspace(2, 5, 160), np.linspace(1, 2, 160))
     scored = {"error": error.ravel(), "uncertainty": uncertainty.ravel(), "supervised_tokens": np.ones(error.size)}
-    pruner = fitted(scored)  # type: ignore[arg-type]
+    pruner = fitted(scored)  # type: ignore[arg-type]  # arrays do for a table
     (image,) = plane(plot_plane(scored, pruner)).images
     cells = np.asarray(image.get_array())
     near = [cells[y - 4 : y + 4, x - 4 : x + 4].reshape(-1, 4) for y, x in ((25, 25), (25, 175), (175, 25), (175, 175))]

@@ -294,7 +294,7 @@ def test_demonstrations_twice_are_refused() -> None:
 
 def test_trl_renders_demonstrations_and_computes_them_once(tmp_path: Any) -> None:
     """`SFTTrainer` on prompts and completions: the examples are in every row, and not supervised."""
-    trl = pytest.importorskip("trl")
+    trl = pytest.importorskip("trl", reason="needs TRL: pip install trl")
     tokenizer = word_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ ('w1 ' if m['role'] == 'user' else 'w2 ') + m['content'] + ' ' }}{% endfor %}"

@@ -142,7 +142,7 @@ def test_one_run_of_four_steps_equals_two_runs_of_two(tmp_path: Path) -> None:
 @pytest.mark.parametrize("base", ["float32", "nf4"])
 def test_trl_sft_with_its_defaults(base: str, tmp_path: Path) -> None:
     """Checkpointing on, its fused head, and on a 4-bit base trainable weights cast to bfloat16."""
-    trl = pytest.importorskip("trl")
+    trl = pytest.importorskip("trl", reason="needs TRL: pip install trl")
     trainer = trl.SFTTrainer(
         model=nf4(tmp_path / "base") if base == "nf4" else tiny(),
         args=trl.SFTConfig(

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
-from .. import recipes  # type: ignore[attr-defined]
+from .. import recipes  # type: ignore[attr-defined]  # in another folder until installed
 from ..loss import IGNORE_INDEX, supervised_loss
 from .gsm8k import RightPadding, encode, prompt_of, read_rows
 
@@ -82,7 +82,7 @@ def score(model: nn.Module, tokenizer: Any, recipe: dict[str, Any], description:
     question = rows[recipe["sample"]["row"]]["question"]
     prompt = tokenizer(prompt_of(tokenizer, question), add_special_tokens=False, return_tensors="pt")
     prompt = {key: value.to(device) for key, value in prompt.items()}
-    generated = model.generate(  # type: ignore[operator]
+    generated = model.generate(  # type: ignore[operator]  # no tensor, as mypy thinks
         **prompt,
         max_new_tokens=recipe["sample"]["max_new_tokens"],
         do_sample=False,

@@ -18,7 +18,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoTokenizer, TrainingArguments, set_seed
 
-from .. import SideTuningConfig, SideTuningTrainer, recipes  # type: ignore[attr-defined]
+from .. import SideTuningConfig, SideTuningTrainer, recipes  # type: ignore[attr-defined]  # in another folder until installed
 from ..atomic import replacing
 from ..eu_plane import EUPruner, Pruned
 from ..eu_plane import score as score_data

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # imported there, not exported
 from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError

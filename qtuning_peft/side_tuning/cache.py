@@ -8,6 +8,7 @@ base block that each one follows, and generation needs no code of ours.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from transformers import Cache
@@ -68,17 +69,17 @@ def require_same_length(cache: Cache, first_side_layer: int, layers: list[int]) 
         )
 
 
-def _length(layer: object) -> int:
-    length = layer.get_seq_length()  # type: ignore[attr-defined]
+def _length(layer: Any) -> int:
+    length = layer.get_seq_length()
     # Static layers count in a tensor; reading one on a GPU would stall generation at every token.
     return 0 if isinstance(length, torch.Tensor) and length.device.type != "cpu" else int(length)
 
 
-def _empty_like(layer: object) -> object:
+def _empty_like(layer: Any) -> Any:
     twin = copy.copy(layer)
     for name in ("keys", "values"):
         setattr(twin, name, None)
-    twin.is_initialized = False  # type: ignore[attr-defined]
+    twin.is_initialized = False
     if isinstance(getattr(twin, "cumulative_length", None), torch.Tensor):
-        twin.cumulative_length = torch.zeros_like(twin.cumulative_length)  # type: ignore[attr-defined]
+        twin.cumulative_length = torch.zeros_like(twin.cumulative_length)
     return twin

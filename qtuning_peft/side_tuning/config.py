@@ -278,11 +278,10 @@ class SideTuningConfig(PeftConfig):
             raise ValueError(f"{name} is {short(value)}; choose one of {', '.join(choices)}.")
 
     @staticmethod
-    def _check_layers(layers: object) -> None:
+    def _check_layers(layers: Any) -> None:
         listed = isinstance(layers, (list, tuple, range)) and 0 < len(layers) <= LARGEST_SIZE
         integers = listed and all(
-            isinstance(i, int) and not isinstance(i, bool) and 0 <= i < LARGEST_SIZE
-            for i in layers  # type: ignore[attr-defined]
+            isinstance(i, int) and not isinstance(i, bool) and 0 <= i < LARGEST_SIZE for i in layers
         )
-        if not integers or len(set(layers)) != len(layers):  # type: ignore[call-overload, arg-type]
+        if not integers or len(set(layers)) != len(layers):
             raise ValueError(f"layers_to_transform is {short(layers)}; give distinct block indices counted from 0.")

@@ -59,7 +59,7 @@ def fit_projections(
 def _collect(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], max_tokens: int, progress: bool
 ) -> list[Tensor]:
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]  # no tensor, as mypy thinks
     parts: list[list[Tensor]] = []
     left = max_tokens
     with tqdm(desc="Reading hidden states", total=max_tokens, unit="token", disable=not progress) as bar:
