@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from qtuning_peft.eu_plane import EUPruner, EUPruningCallback
 from qtuning_peft.side_tuning import SideTuningConfig
-from qtuning_peft.trainer import KeepStatesCallback, SharePrefixCallback
+from qtuning_peft.trainer import KeepStatesCallback
 
 Block = TypeVar("Block", bound=BaseModel)
 
@@ -52,7 +52,7 @@ QSTBlock = _qst_block()
 
 
 class QSTTrainingBlock(QSTBlock):  # type: ignore[misc,valid-type]  # its base is made at run time
-    """The block `qst` where callbacks can be added to the trainer: also how to run the base as little as possible."""
+    """The block `qst` where callbacks can be added to the trainer: also what to keep from epoch to epoch."""
 
     keep_states_gib: float | None = Field(
         default=None,
@@ -62,9 +62,8 @@ class QSTTrainingBlock(QSTBlock):  # type: ignore[misc,valid-type]  # its base i
     )
 
     def callbacks(self) -> list[TrainerCallback]:
-        """What is added to the trainer, see `qtuning_peft.trainer`."""
-        kept = [] if self.keep_states_gib is None else [KeepStatesCallback(self.keep_states_gib)]
-        return [SharePrefixCallback(), *kept]
+        """What the block asks the trainer for; see `qtuning_peft.trainer`."""
+        return [] if self.keep_states_gib is None else [KeepStatesCallback(self.keep_states_gib)]
 
 
 class EUPruningBlock(_Block):

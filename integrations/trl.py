@@ -25,6 +25,7 @@ from trl.scripts import sft
 
 from qtuning_peft.eu_plane import EUPruningCallback
 from qtuning_peft.model_card import complete
+from qtuning_peft.trainer import SharePrefixCallback
 
 from .blocks import EUPruningBlock, QSTTrainingBlock, read_block
 from .facts import TrainingFactsCallback, datasets_on_the_hub, is_side_tuned
@@ -89,6 +90,7 @@ class EUPruningSFTTrainer(SFTTrainer):
         elif eu_pruning is not None:
             self.add_callback(EUPruningCallback(eu_pruning.pruner(tokenizer), eu_pruning.tokens_per_batch))
         if is_side_tuned(self.model):
+            self.add_callback(SharePrefixCallback())
             self.add_callback(self._facts(eu_pruning, recipe, logged))
 
     def _facts(

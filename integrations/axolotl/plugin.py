@@ -80,10 +80,13 @@ class QTuningPlugin(BasePlugin):
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         """Run the base as little as the block `qst` allows, and prune every batch, if asked to."""
         from qtuning_peft.eu_plane import EUPruningCallback
+        from qtuning_peft.trainer import SharePrefixCallback
 
         from ..blocks import EUPruningBlock, QSTTrainingBlock
 
-        callbacks: list[Any] = QSTTrainingBlock(**(cfg.qst or {})).callbacks() if cfg.adapter == "qst" else []
+        callbacks: list[Any] = []
+        if cfg.adapter == "qst":
+            callbacks += [SharePrefixCallback(), *QSTTrainingBlock(**(cfg.qst or {})).callbacks()]
         if cfg.eu_pruning and cfg.eu_pruning.mode == "dynamic":
             block = EUPruningBlock(**cfg.eu_pruning)
             callbacks.append(EUPruningCallback(block.pruner(trainer.processing_class), block.tokens_per_batch))
