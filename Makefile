@@ -46,8 +46,8 @@ DATA ?= data
 
 bench-quality:  ## what methods learn, and the search for the default; DATA is the folder of the tasks' files
 	$(PYTHON) -m benchmarks.quality.train --task gsm8k --data $(DATA) --methods side=1e-3 lora=1e-3 qlora=1e-3 \
-	    --rows 160 --evaluate-every 10 --choose-rows 32 --report 60
-	$(PYTHON) -m benchmarks.quality.levers --data $(DATA) --rows 320 --choose-rows 32
+	    --rows 160 --evaluate-every 10 --validation-rows 32 --report 60
+	$(PYTHON) -m benchmarks.quality.ablations --data $(DATA) --rows 320 --validation-rows 32
 	$(PYTHON) -m benchmarks.quality.page
 
 format:  ## apply the formatter and the linter's fixes

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtuning_peft.demo.evaluate import load_base, quiet
 from qtuning_peft.demo.smollm2 import prepare_checkpoint
-from qtuning_peft.training_facts import processor
+from qtuning_peft.hub.metadata import processor
 
 HERE = Path(__file__).parent
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}

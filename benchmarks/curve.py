@@ -22,7 +22,7 @@ from benchmarks import methods, rows
 from benchmarks.common import smollm2
 from benchmarks.step import positive, seconds
 from qtuning_peft.demo.gsm8k import RightPadding, encode, read_rows
-from qtuning_peft.loss import IGNORE_INDEX, supervised_loss
+from qtuning_peft.loss import IGNORE_INDEX, chunked_cross_entropy
 
 RATES = {"side": 1e-3, "side-lean": 1e-3, "lora": 1e-3, "qlora": 1e-3}
 TRAIN_ROWS, MAX_LENGTH, BATCH = 200, 512, 4
@@ -48,7 +48,7 @@ class Learner:
         self.steps += 1
 
     def _step(self, batch: Batch) -> None:
-        supervised_loss(self.model, **self._here(batch)).backward()
+        chunked_cross_entropy(self.model, **self._here(batch)).backward()
         torch.nn.utils.clip_grad_norm_(methods.trained(self.model), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -56,7 +56,7 @@ class Learner:
     @torch.no_grad()
     def held_out_loss(self, batches: list[Batch]) -> float:
         """Nats per supervised token. No method here has dropout, so the model stays in training mode."""
-        total = sum(supervised_loss(self.model, **self._here(batch), num_items=1).item() for batch in batches)
+        total = sum(chunked_cross_entropy(self.model, **self._here(batch), num_items=1).item() for batch in batches)
         return total / sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
 
     def _here(self, batch: Batch) -> Batch:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import masking_utils
 
 from benchmarks import bases, methods, rows
-from qtuning_peft.loss import supervised_loss
+from qtuning_peft.loss import chunked_cross_entropy
 
 METHODS = (
     "side", "side-paper", "side-gated", "side-checkpointed", "side-int8", "side-int4", "side-recompute",
@@ -120,7 +120,7 @@ def held_bytes(model: nn.Module, input_ids: Tensor) -> int:
     counter = Counter(model)
     with counter.watching():
         # In a name: nothing would be held for a loss that is gone.
-        loss = supervised_loss(model, input_ids, input_ids)
+        loss = chunked_cross_entropy(model, input_ids, input_ids)
     count = counter.bytes()
     del loss
     return count

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import rows, step
-from qtuning_peft.loss import PIECE_ELEMENTS, summed_loss
+from qtuning_peft.loss import CHUNK_ELEMENTS, summed_cross_entropy
 
 KINDS = ("all logits", "torch.nn.functional.linear_cross_entropy", "qtuning_peft.loss")
 
@@ -31,7 +31,7 @@ def loss_of(kind: str, hidden_states: Tensor, head: nn.Linear, targets: Tensor) 
     if kind == KINDS[1]:
         options = torch.nn.LinearCrossEntropyOptions()
         return F.linear_cross_entropy(hidden_states, head.weight, targets, reduction="sum", options=options)
-    return summed_loss(head, hidden_states, targets, PIECE_ELEMENTS // head.weight.shape[0], frozen=True)
+    return summed_cross_entropy(head, hidden_states, targets, CHUNK_ELEMENTS // head.weight.shape[0], frozen=True)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, object]:

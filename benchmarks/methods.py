@@ -67,12 +67,20 @@ class Method:
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 PAPER = {
     name: getattr(SideTuningConfig.paper(), name)
-    for name in ("r", "downsample", "downsample_norm", "mixing", "center_taps", "side_attention", "tap_every")
+    for name in (
+        "reduction_factor",
+        "downsample",
+        "downsample_norm",
+        "mixing",
+        "center_taps",
+        "side_attention",
+        "tap_every",
+    )
 }
 # One narrow block with gates and attention beside every block of the base, its taps not squeezed through a rank of 16.
-GATED = {"r": 8, "mixing": "residual", "center_taps": False, "side_attention": True, "tap_every": 1}
-LEAN = {"r": 16, "downsample": "avgpool"}
-PROJECTION = {"r": 16, "downsample": "projection", "downsample_rank": 64}
+GATED = {"reduction_factor": 8, "mixing": "residual", "center_taps": False, "side_attention": True, "tap_every": 1}
+LEAN = {"reduction_factor": 16, "downsample": "avgpool"}
+PROJECTION = {"reduction_factor": 16, "downsample": "projection", "downsample_rank": 64}
 
 METHODS = {
     method.name: method

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import bases, methods, rows
-from qtuning_peft.loss import IGNORE_INDEX, supervised_loss
-from qtuning_peft.training_facts import peak_resident
+from qtuning_peft.hub.metadata import peak_resident
+from qtuning_peft.loss import IGNORE_INDEX, chunked_cross_entropy
 
 WARM_UP = 2
 
@@ -144,7 +144,7 @@ def measure(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
             if row["loss"] == "full":
                 total: Tensor = model(input_ids=input_ids, labels=labels, use_cache=False).loss
                 return total
-            return supervised_loss(model, input_ids, labels)
+            return chunked_cross_entropy(model, input_ids, labels)
 
     def step() -> None:
         value = loss()

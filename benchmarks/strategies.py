@@ -27,7 +27,7 @@ from qtuning_peft import SideTuningConfig
 from qtuning_peft.demo.gsm8k import read_rows
 from qtuning_peft.eu_plane import EUPruner, score
 from qtuning_peft.eu_plane.rows import RowEncoder
-from qtuning_peft.loss import IGNORE_INDEX, supervised_loss
+from qtuning_peft.loss import IGNORE_INDEX, chunked_cross_entropy
 from qtuning_peft.side_tuning.base_states import BaseStates, base_states, use_in_next_forward
 
 R, LAYERS, LEARNING_RATE, STEPS_PER_EPOCH, EPOCHS, SEEDS = 16, list(range(2, 30, 3)), 2e-3, 20, 1, (0, 1, 2)
@@ -118,7 +118,7 @@ def loss_of(model: Any, states: States, indices: list[int], labels: list[list[in
     """Loss of a batch, its mean or its sum over supervised tokens."""
     batch = states.batch(indices)
     use_in_next_forward(model, batch)
-    return supervised_loss(model, batch.input_ids, padded(labels, IGNORE_INDEX), num_items=1 if total else None)
+    return chunked_cross_entropy(model, batch.input_ids, padded(labels, IGNORE_INDEX), num_items=1 if total else None)
 
 
 def train(model: Any, states: States, labels: dict[int, list[int]], seed: int) -> None:
@@ -185,7 +185,9 @@ def main() -> None:
 
     def side_tuned(seed: int) -> Any:
         set_seed(seed)
-        return get_peft_model(base, SideTuningConfig(r=R, layers_to_transform=LAYERS, task_type="CAUSAL_LM"))
+        return get_peft_model(
+            base, SideTuningConfig(reduction_factor=R, layers_to_transform=LAYERS, task_type="CAUSAL_LM")
+        )
 
     model = side_tuned(0)
     train_states, reference_states, test_states = (States(model, rows) for rows in (scored, reference_rows, test))
@@ -214,7 +216,8 @@ def main() -> None:
             row = {
                 "strategy": name, "seed": seed, "loss": held_out_loss(model, test_states, test_labels), "base": before,
                 "samples": len(labels), "tokens": pruner.pruned.kept_tokens, "steps": STEPS_PER_EPOCH * EPOCHS,
-                "train_seconds": round(seconds, 1), "r": R, "layers": LAYERS, "learning_rate": LEARNING_RATE,
+                "train_seconds": round(seconds, 1), "reduction_factor": R, "layers": LAYERS,
+                "learning_rate": LEARNING_RATE,
                 "model": "SmolLM2-135M-Instruct, NF4", "environment": environment(),
             }  # fmt: skip
             model.unload()

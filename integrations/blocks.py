@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from qtuning_peft.eu_plane import EUPruner, EUPruningCallback
 from qtuning_peft.side_tuning import SideTuningConfig
-from qtuning_peft.trainer import KeepStatesCallback
+from qtuning_peft.trainer import HiddenStateCacheCallback
 
 Block = TypeVar("Block", bound=BaseModel)
 
@@ -54,16 +54,16 @@ QSTBlock = _qst_block()
 class QSTTrainingBlock(QSTBlock):  # type: ignore[misc,valid-type]  # its base is made at run time
     """The block `qst` where callbacks can be added to the trainer: also what to keep from epoch to epoch."""
 
-    keep_states_gib: float | None = Field(
+    hidden_state_cache_gib: float | None = Field(
         default=None,
         gt=0,
         description="GiB of main memory for the base's hidden states, so that epochs after the first cost the side "
-        "network alone (`KeepStatesCallback`). By default none are kept.",
+        "network alone (`HiddenStateCacheCallback`). By default none are kept.",
     )
 
     def callbacks(self) -> list[TrainerCallback]:
         """What the block asks the trainer for; see `qtuning_peft.trainer`."""
-        return [] if self.keep_states_gib is None else [KeepStatesCallback(self.keep_states_gib)]
+        return [] if self.hidden_state_cache_gib is None else [HiddenStateCacheCallback(self.hidden_state_cache_gib)]
 
 
 class EUPruningBlock(_Block):

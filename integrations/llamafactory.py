@@ -7,7 +7,7 @@ Its default engine is closed to other methods, but not to pruned data:
 
 Its engine v1 has a registry of methods, but imports nobody's package. So it is started here, with QST registered:
 
-    train         a recipe of engine v1 with `peft_config: {name: qst, r: 8}`
+    train         a recipe of engine v1 with `peft_config: {name: qst, reduction_factor: 8}`
 """
 
 from __future__ import annotations

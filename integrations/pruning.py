@@ -16,8 +16,8 @@ from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from torch import nn
 
+from qtuning_peft.cli.data import load_model
 from qtuning_peft.eu_plane import EUPruner, score
-from qtuning_peft.eu_plane.commands import load_model
 from qtuning_peft.eu_plane.report import write_report
 
 from .blocks import EUPruningBlock

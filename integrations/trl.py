@@ -24,11 +24,11 @@ from trl import SFTTrainer
 from trl.scripts import sft
 
 from qtuning_peft.eu_plane import EUPruningCallback
-from qtuning_peft.model_card import complete
-from qtuning_peft.trainer import SharePrefixCallback
+from qtuning_peft.hub.card import complete
+from qtuning_peft.trainer import PrefixCachingCallback
 
 from .blocks import EUPruningBlock, QSTTrainingBlock, read_block
-from .facts import TrainingFactsCallback, datasets_on_the_hub, is_side_tuned
+from .metadata import TrainingMetadataCallback, datasets_on_the_hub, is_side_tuned
 from .pruning import prune_training_data
 
 logger = logging.getLogger(__name__)
@@ -90,18 +90,18 @@ class EUPruningSFTTrainer(SFTTrainer):
         elif eu_pruning is not None:
             self.add_callback(EUPruningCallback(eu_pruning.pruner(tokenizer), eu_pruning.tokens_per_batch))
         if is_side_tuned(self.model):
-            self.add_callback(SharePrefixCallback())
+            self.add_callback(PrefixCachingCallback())
             self.add_callback(self._facts(eu_pruning, recipe, logged))
 
     def _facts(
         self, eu_pruning: EUPruningBlock | None, recipe: Mapping[str, Any] | None, logged: list[str]
-    ) -> TrainingFactsCallback:
+    ) -> TrainingMetadataCallback:
         if recipe is None:
             block = {} if eu_pruning is None else {"eu_pruning": eu_pruning.model_dump(exclude_unset=True)}
             recipe = vars(self.args) | block
         datasets = datasets_on_the_hub(recipe, "datasets" if recipe.get("datasets") else "dataset_name")
         split = recipe.get("dataset_test_split") if len(datasets) == 1 else None
-        return TrainingFactsCallback(
+        return TrainingMetadataCallback(
             self.model, recipe, logged[0].removeprefix("eu_pruning ") if logged else None, datasets,
             (datasets[0], split) if split else (None, None),
         )  # fmt: skip
@@ -115,7 +115,7 @@ class EUPruningSFTTrainer(SFTTrainer):
         if is_side_tuned(self.model) and self.is_world_process_zero():
             complete(
                 Path(self.args.output_dir) / "README.md", self.model.active_peft_config,
-                adapter=self.hub_model_id or "ADAPTER", facts=getattr(self.model, "training_facts", None),
+                adapter=self.hub_model_id or "ADAPTER", facts=getattr(self.model, "training_metadata", None),
             )  # fmt: skip
 
     def _prepare_dataset(

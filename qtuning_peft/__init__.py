@@ -6,23 +6,23 @@ and what they are made of choose training data on the Error-Uncertainty plane (Q
 """
 
 from ._register import register
-from .demonstrations import add_demonstrations
 from .eu_plane import EUPruner, EUPruningCallback, EUScorer, prune, score
+from .few_shot import add_few_shot_examples
 from .side_tuning import SideTuningConfig, SideTuningModel, fit_projections
-from .trainer import KeepStatesCallback, SharePrefixCallback, SideTuningTrainer
+from .trainer import HiddenStateCacheCallback, PrefixCachingCallback, SideTuningTrainer
 
 __version__ = "0.1.0"
 __all__ = [
     "EUPruner",
     "EUPruningCallback",
     "EUScorer",
-    "KeepStatesCallback",
-    "SharePrefixCallback",
+    "HiddenStateCacheCallback",
+    "PrefixCachingCallback",
     "SideTuningConfig",
     "SideTuningModel",
     "SideTuningTrainer",
     "__version__",
-    "add_demonstrations",
+    "add_few_shot_examples",
     "fit_projections",
     "prune",
     "score",

@@ -36,7 +36,7 @@ def register() -> None:
     """Register `SideTuningConfig` and `SideTuningModel` with PEFT; calling it again changes nothing."""
     if QST in PEFT_TYPE_TO_CONFIG_MAPPING:
         return
-    from .model_card import complete_cards
+    from .hub.card import complete_cards
     from .side_tuning import SideTuningConfig, SideTuningModel
     from .side_tuning.adapter_files import remember_origins, save_the_adapter_alone
 

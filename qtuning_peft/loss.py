@@ -22,11 +22,11 @@ from .head import causal_model, head_of, positions_at_once
 
 IGNORE_INDEX = -100
 # Logits of a piece: with their softmax and gradient, about half a gigabyte in float32 and a few hundred tokens.
-PIECE_ELEMENTS = 2**25
+CHUNK_ELEMENTS = 2**25
 Head = Callable[[Tensor], Tensor]
 
 
-def supervised_loss(
+def chunked_cross_entropy(
     model: nn.Module, input_ids: Tensor, labels: Tensor, num_items: Tensor | int | None = None, **inputs: Any
 ) -> Tensor:
     """Mean negative log-likelihood of the supervised tokens, in nats.
@@ -49,8 +49,8 @@ def supervised_loss(
         output = base.get_decoder()(input_ids=input_ids, use_cache=False, **inputs)
     hidden_states, targets = supervised_positions(output.last_hidden_state, labels)
     frozen = not any(parameter.requires_grad for parameter in base.get_output_embeddings().parameters())
-    piece = positions_at_once(base, PIECE_ELEMENTS)
-    total = summed_loss(head_of(base, output), hidden_states, targets, piece, frozen)
+    piece = positions_at_once(base, CHUNK_ELEMENTS)
+    total = summed_cross_entropy(head_of(base, output), hidden_states, targets, piece, frozen)
     return total / (num_items if num_items is not None else max(1, len(targets)))
 
 
@@ -78,7 +78,7 @@ def supervised_positions(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor,
     return hidden_states[:, :-1][supervised], targets[supervised]
 
 
-def summed_loss(head: Head, hidden_states: Tensor, targets: Tensor, piece: int, frozen: bool) -> Tensor:
+def summed_cross_entropy(head: Head, hidden_states: Tensor, targets: Tensor, piece: int, frozen: bool) -> Tensor:
     """Sum of the targets' negative log-likelihoods in nats, a float32 scalar (float64 for float64 logits).
 
     Args:

@@ -17,7 +17,7 @@ from .side_tuning.shared_prefix import common_prefix
 ROWS = 256
 
 
-class SharePrefixCallback(TrainerCallback):
+class PrefixCachingCallback(TrainerCallback):
     """While training, computes once what all rows begin with: a system prompt, or demonstrations.
 
     The prefix is found in the first 256 rows; a batch that begins otherwise, is packed, or padded at the left is
@@ -44,7 +44,7 @@ class SharePrefixCallback(TrainerCallback):
             layer.share_prefix([])
 
 
-class KeepStatesCallback(TrainerCallback):
+class HiddenStateCacheCallback(TrainerCallback):
     """Keeps the base's hidden states in main memory, so that epochs after the first cost the side network alone.
 
     What is kept has 16 bits, also of a base in float32: there, later epochs see states that are rounded. Packed rows,
@@ -84,17 +84,17 @@ class SideTuningTrainer(Trainer):
     """A `Trainer` for side-tuned causal language models that never holds the logits of a batch.
 
     Arguments are those of `transformers.Trainer`, and so are its results up to rounding. While training, the model's
-    output has a loss and no logits. What all rows begin with is computed once, see `SharePrefixCallback`.
+    output has a loss and no logits. What all rows begin with is computed once, see `PrefixCachingCallback`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.add_callback(SharePrefixCallback())
+        self.add_callback(PrefixCachingCallback())
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As `Trainer` does, with the loss in pieces while training."""
         if model.training:
-            inputs = {**inputs, "loss_in_pieces": True}
+            inputs = {**inputs, "chunked_loss": True}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def prediction_step(
@@ -102,5 +102,5 @@ class SideTuningTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """As `Trainer` does, with the loss in pieces where nothing but the loss is asked for."""
         if prediction_loss_only:
-            inputs = {**inputs, "loss_in_pieces": True}
+            inputs = {**inputs, "chunked_loss": True}
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

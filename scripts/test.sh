@@ -16,7 +16,7 @@ fi
 PYTHONPATH="$oldest" .venv/bin/pytest -q -n auto --dist worksteal tests/test_files.py tests/test_peft.py \
     tests/test_generation.py tests/test_no_gradient_in_base.py tests/test_positions.py tests/test_trainers.py \
     tests/test_eu_scores.py tests/test_eu_training.py tests/test_trl.py tests/test_safe_loading.py \
-    tests/test_model_card.py tests/test_taps.py tests/test_loss.py tests/test_shared_prefix.py \
-    tests/test_kept_states.py tests/test_centering.py
+    tests/test_model_card.py tests/test_taps.py tests/test_loss.py tests/test_prefix_caching.py \
+    tests/test_hidden_state_cache.py tests/test_centering.py
 
 .venv/bin/pytest -n auto --dist worksteal "$@"

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from qtuning_peft import SideTuningConfig
-from qtuning_peft.loss import supervised_loss
+from qtuning_peft.loss import chunked_cross_entropy
 
 Batch = dict[str, Tensor]
 
@@ -98,7 +98,7 @@ def test_whatever_is_held_for_backward(config: dict[str, object], checkpointing:
     model = adapted(**config)
     if checkpointing:
         model.gradient_checkpointing_enable()
-    supervised_loss(model, **batch).backward()
+    chunked_cross_entropy(model, **batch).backward()
     torch.testing.assert_close(centers(model), means, rtol=1e-4, atol=1e-5)
 
 
@@ -138,9 +138,9 @@ def test_measured_once_and_training_starts_at_the_base() -> None:
 def test_a_pass_in_which_nothing_is_read_leaves_it_to_the_next() -> None:
     model, batch = adapted(), partly_read()
     nothing = batch | {"labels": torch.full_like(batch["labels"], -100)}
-    supervised_loss(model, **nothing, num_items=1).backward()
+    chunked_cross_entropy(model, **nothing, num_items=1).backward()
     assert not centers(model).any()
-    supervised_loss(model, **batch).backward()
+    chunked_cross_entropy(model, **batch).backward()
     assert centers(model).any(1).all()
 
 
@@ -172,7 +172,11 @@ def test_saved_loaded_and_not_measured_again(tmp_path: Path) -> None:
 
 
 def test_none_where_it_is_off_and_in_the_published_network(tmp_path: Path) -> None:
-    for config in (SideTuningConfig(center_taps=False), SideTuningConfig.paper(r=4), SideTuningConfig.reference(r=4)):
+    for config in (
+        SideTuningConfig(center_taps=False),
+        SideTuningConfig.paper(reduction_factor=4),
+        SideTuningConfig.reference(reduction_factor=4),
+    ):
         model = get_peft_model(tiny(), config).train()
         model(**partly_read()).loss.backward()
         assert not [name for name in model.state_dict() if name.endswith(".center")]

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from typer import Typer
 from typer.testing import CliRunner
 
-from qtuning_peft.side_tuning.commands import convert
+from qtuning_peft.cli.hub import convert
 from qtuning_peft.side_tuning.convert import convert_checkpoint
 
 R, RANK, HEADS = 4, 8, 4
@@ -245,7 +245,7 @@ def test_the_adapter_names_its_base_and_what_it_is(tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == config.base_model_name_or_path == str(tmp_path / "base")
     expected = {
-        "r": R,
+        "reduction_factor": R,
         "downsample": "adapter",
         "downsample_rank": RANK,
         "num_side_heads": HEADS,

@@ -23,7 +23,7 @@ from transformers import (
 
 from qtuning_peft import EUScorer, SideTuningConfig, score
 from qtuning_peft.eu_plane import scores as scores_module
-from qtuning_peft.eu_plane.identity import stable
+from qtuning_peft.eu_plane.fingerprint import stable
 from qtuning_peft.eu_plane.scores import token_scores
 
 SCORES = ("error", "uncertainty", "el2n", "ifd", "supervised_tokens")
@@ -173,7 +173,7 @@ def test_adapters_are_scored_as_they_are_active(method: str) -> None:
     config = (
         LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
         if method == "lora"
-        else SideTuningConfig(r=2, task_type="CAUSAL_LM")
+        else SideTuningConfig(reduction_factor=2, task_type="CAUSAL_LM")
     )
     model = get_peft_model(tiny().double(), config).double()
     if method == "qst":

@@ -29,7 +29,11 @@ def rows_of_tokens(count: int = 32, seed: int = 0) -> list[dict[str, list[int]]]
 
 def adapted(method: str) -> Any:
     torch.manual_seed(0)
-    config = LoraConfig(task_type="CAUSAL_LM") if method == "lora" else SideTuningConfig(r=2, task_type="CAUSAL_LM")
+    config = (
+        LoraConfig(task_type="CAUSAL_LM")
+        if method == "lora"
+        else SideTuningConfig(reduction_factor=2, task_type="CAUSAL_LM")
+    )
     return get_peft_model(tiny(), config)
 
 
@@ -158,7 +162,7 @@ def test_trl_trains_with_it(tmp_path: Path) -> None:
         ),
         train_dataset=Dataset.from_list(rows_of_tokens(16)),
         processing_class=word_tokenizer(),
-        peft_config=SideTuningConfig(r=2, task_type="CAUSAL_LM"),
+        peft_config=SideTuningConfig(reduction_factor=2, task_type="CAUSAL_LM"),
         callbacks=[callback],
     )  # fmt: skip
     before = {name: p.detach().clone() for name, p in side_parameters(trainer.model).items()}
@@ -186,7 +190,9 @@ def test_pruned_data_trains_in_trl_with_its_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "bloom"])
 def test_kept_states_give_the_same_step_as_the_base(family: str) -> None:
     torch.manual_seed(0)
-    model = get_peft_model(tiny(family), SideTuningConfig(r=2, task_type="CAUSAL_LM", **EVERY_PART)).train()
+    model = get_peft_model(
+        tiny(family), SideTuningConfig(reduction_factor=2, task_type="CAUSAL_LM", **EVERY_PART)
+    ).train()
     randomize_side_network(model)
     input_ids = token_ids(4, 9)
     mask = torch.ones_like(input_ids)
@@ -325,7 +331,7 @@ def test_states_of_other_tokens_wait_and_generation_ignores_them() -> None:
 
 
 def test_recorded_states_are_the_base_alone() -> None:
-    model = get_peft_model(tiny(), SideTuningConfig(r=2, task_type="CAUSAL_LM", **EVERY_PART))
+    model = get_peft_model(tiny(), SideTuningConfig(reduction_factor=2, task_type="CAUSAL_LM", **EVERY_PART))
     randomize_side_network(model)
     input_ids = token_ids()
     states = base_states(model, input_ids)

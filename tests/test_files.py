@@ -29,7 +29,9 @@ Tensors = dict[str, torch.Tensor]
 
 
 def side_tuned(**options: object) -> PeftModel:
-    model = get_peft_model(tiny(), SideTuningConfig(**{"r": 4, "task_type": "CAUSAL_LM", **EVERY_PART} | options))
+    model = get_peft_model(
+        tiny(), SideTuningConfig(**{"reduction_factor": 4, "task_type": "CAUSAL_LM", **EVERY_PART} | options)
+    )
     randomize_side_network(model)
     return model
 
@@ -63,12 +65,12 @@ def test_the_config_is_plain_data(tmp_path: Path) -> None:
     assert config["peft_type"] == "QST"
     assert (config["base_hidden_size"], config["base_num_layers"]) == (64, 3)
     assert config["target_modules"] == ["model.norm"]
-    assert (config["r"], config["mixing"], config["downsample"]) == (4, "residual", "linear")
+    assert (config["reduction_factor"], config["mixing"], config["downsample"]) == (4, "residual", "linear")
 
 
 @pytest.mark.parametrize("name", ["default", "qst", "qst_side_network", "weight", "0", "blocks", "norm"])
 def test_a_round_trip_under_any_adapter_name(name: str, tmp_path: Path) -> None:
-    model = get_peft_model(tiny(), SideTuningConfig(r=4, task_type="CAUSAL_LM"), adapter_name=name)
+    model = get_peft_model(tiny(), SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"), adapter_name=name)
     randomize_side_network(model)
     model.save_pretrained(tmp_path)
     folder = tmp_path if name == "default" else tmp_path / name
@@ -82,7 +84,7 @@ def test_a_round_trip_under_any_adapter_name(name: str, tmp_path: Path) -> None:
 
 def test_saving_one_of_two_adapters(tmp_path: Path) -> None:
     model = side_tuned()
-    model.add_adapter("second", SideTuningConfig(r=8, downsample="avgpool", task_type="CAUSAL_LM"))
+    model.add_adapter("second", SideTuningConfig(reduction_factor=8, downsample="avgpool", task_type="CAUSAL_LM"))
     randomize_side_network(model, seed=4)
     model.save_pretrained(tmp_path, selected_adapters=["second"])
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["second"]
@@ -91,7 +93,10 @@ def test_saving_one_of_two_adapters(tmp_path: Path) -> None:
 
 
 def test_a_model_state_dict_round_trip() -> None:
-    model, twin = side_tuned(), get_peft_model(tiny(seed=5), SideTuningConfig(r=4, task_type="CAUSAL_LM", **EVERY_PART))
+    model, twin = (
+        side_tuned(),
+        get_peft_model(tiny(seed=5), SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM", **EVERY_PART)),
+    )
     assert not twin.load_state_dict(model.state_dict()).missing_keys
     assert torch.equal(logits(model), logits(twin))
 
@@ -193,7 +198,7 @@ def test_a_resized_vocabulary_does_not_put_the_base_s_embeddings_into_the_adapte
     tiny().save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     base.resize_token_embeddings(VOCABULARY + 4)
-    model = get_peft_model(base, SideTuningConfig(r=4, task_type="CAUSAL_LM"))
+    model = get_peft_model(base, SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"))
     randomize_side_network(model)
     model.save_pretrained(tmp_path / "adapter")
     assert all("qst_side_network" in key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))

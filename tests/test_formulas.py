@@ -21,7 +21,7 @@ FAMILIES = ("llama", "opt")
 DOWNSAMPLES = ("adapter", "lora", "linear", "projection", "maxpool", "avgpool")
 MIXINGS = ("additive", "residual", "paper", "reference")
 TOLERANCE = 1e-9
-DEFAULTS: dict[str, Any] = {"r": 4, "downsample_rank": 6, **EVERY_PART}
+DEFAULTS: dict[str, Any] = {"reduction_factor": 4, "downsample_rank": 6, **EVERY_PART}
 FLOAT32_TOLERANCE = 1e-4
 
 VOCAB = 40
@@ -166,7 +166,7 @@ def tapped(depth: int, every: int) -> list[int]:
 def expected_logits(
     family: str, base: PreTrainedModel, model: nn.Module, traced: Trace, inputs: dict[str, Tensor], **config: Any
 ) -> Array:
-    d, r = base.config.hidden_size, config.get("r", 4)
+    d, r = base.config.hidden_size, config.get("reduction_factor", 4)
     batch, length = inputs["input_ids"].shape
     positions = inputs.get("position_ids", torch.arange(length).expand(batch, length))
     llama = family == "llama"
@@ -245,7 +245,7 @@ def test_side_heads(family: str, heads: int) -> None:
 def test_default_side_heads(width: int, heads: int) -> None:
     assert default_heads(width) == heads
     base = build_float64_base("opt", hidden_size=2 * width, num_hidden_layers=1, num_attention_heads=2)
-    assert difference("opt", base, random_inputs(), r=2) < TOLERANCE
+    assert difference("opt", base, random_inputs(), reduction_factor=2) < TOLERANCE
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -294,7 +294,7 @@ def test_explicit_positions(family: str, positions: list[list[int]]) -> None:
 )
 def test_rotary_frequencies(r: int, heads: int, head_dim: int) -> None:
     base = build_float64_base("llama", hidden_size=96, head_dim=head_dim)
-    assert difference("llama", base, random_inputs(length=9), r=r, num_side_heads=heads) < TOLERANCE
+    assert difference("llama", base, random_inputs(length=9), reduction_factor=r, num_side_heads=heads) < TOLERANCE
 
 
 def test_rotary_of_arbitrary_frequencies() -> None:

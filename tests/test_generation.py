@@ -17,7 +17,7 @@ NEW = {"max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0}
 
 
 def side_tuned(family: str = "llama", seed: int = 1, **options: object) -> PeftModel:
-    config = SideTuningConfig(**{"r": 4, "task_type": "CAUSAL_LM", **EVERY_PART} | options)
+    config = SideTuningConfig(**{"reduction_factor": 4, "task_type": "CAUSAL_LM", **EVERY_PART} | options)
     model = get_peft_model(tiny(family), config).eval()
     randomize_side_network(model, seed=seed, scale=0.3)
     return model

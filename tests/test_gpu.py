@@ -29,7 +29,7 @@ def nf4(folder: Path) -> PeftModel:
     base = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, quantization_config=quantization, device_map={"": 0}
     )
-    return get_peft_model(base, SideTuningConfig(r=4, task_type="CAUSAL_LM"))
+    return get_peft_model(base, SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"))
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit", "PagedAdamW8bit"])
@@ -55,7 +55,7 @@ def test_every_side_tensor_learns_on_an_nf4_base(optimizer: str, tmp_path: Path)
 
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
 def test_cached_generation_equals_uncached(cache: dict[str, str]) -> None:
-    model = get_peft_model(tiny().cuda(), SideTuningConfig(r=4, task_type="CAUSAL_LM")).eval()
+    model = get_peft_model(tiny().cuda(), SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM")).eval()
     randomize_side_network(model, scale=0.3)
     options = {"input_ids": token_ids(2, 6).cuda(), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(**options, **cache), model.generate(**options, use_cache=False))

@@ -14,17 +14,18 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # im
 from peft import PeftModel, get_peft_model
 from typer.testing import CliRunner, Result
 
-from qtuning_peft import SideTuningConfig, sharing, training_facts
+from qtuning_peft import SideTuningConfig
 from qtuning_peft.cli import app
-from qtuning_peft.model_card import BEGIN, complete
-from qtuning_peft.training_facts import TrainingFacts
+from qtuning_peft.hub import metadata, sharing
+from qtuning_peft.hub.card import BEGIN, complete
+from qtuning_peft.hub.metadata import TrainingMetadata
 
-FACTS, FACTS_END = training_facts.BEGIN, training_facts.END
+FACTS, FACTS_END = metadata.BEGIN, metadata.END
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    model = get_peft_model(tiny(), SideTuningConfig(r=4, task_type="CAUSAL_LM"))
+    model = get_peft_model(tiny(), SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -140,7 +141,7 @@ def test_nothing_is_shared_but_what_is_named(folder: Path, tmp_path: Path, monke
 def test_a_folder_is_no_name_of_training_data(folder: Path) -> None:
     before = (folder / "README.md").read_text()
     with pytest.raises(ValueError, match="/home/me/rows is no data set's name on the Hub"):
-        sharing.push(folder, "user/name", facts=TrainingFacts(datasets=("/home/me/rows",)))
+        sharing.push(folder, "user/name", facts=TrainingMetadata(datasets=("/home/me/rows",)))
     assert (folder / "README.md").read_text() == before
 
 

@@ -70,7 +70,7 @@ def publish(folder: Path) -> None:
     HfApi().create_tag(ADAPTER, tag="v1", revision=commits["first"])
     randomize_side_network(model)
     model.save_pretrained(folder / "unpublished")
-    SideTuningConfig(r=4, downsample="lora", base_model_name_or_path=BASE).push_to_hub(CONFIG)
+    SideTuningConfig(reduction_factor=4, downsample="lora", base_model_name_or_path=BASE).push_to_hub(CONFIG)
 
     settings = {
         "output_dir": str(folder / "out"),
@@ -154,7 +154,7 @@ def load(folder: Path) -> None:
     kept["sft"] = from_auto(SFT)
     kept["after a broken download"] = from_peft(ADAPTER, cache_dir=folder / "broken-download" / "hub")
     config = PeftConfig.from_pretrained(CONFIG)
-    kept["config"] = (type(config).__name__, config.r, config.downsample, config.base_model_name_or_path)
+    kept["config"] = (type(config).__name__, config.reduction_factor, config.downsample, config.base_model_name_or_path)
     for name, repo, revision in (("no repository", "qst/none", None), ("no revision", ADAPTER, "v9")):
         for way in (from_peft, from_auto):
             try:

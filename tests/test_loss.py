@@ -15,13 +15,13 @@ from transformers import Trainer, TrainingArguments
 
 from qtuning_peft import SideTuningConfig, SideTuningTrainer
 from qtuning_peft import loss as losses
-from qtuning_peft.loss import supervised_loss
+from qtuning_peft.loss import chunked_cross_entropy
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several pieces in every batch, the last not full."""
-    monkeypatch.setattr(losses, "PIECE_ELEMENTS", 5 * tiny().config.vocab_size)
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 5 * tiny().config.vocab_size)
 
 
 def batch() -> dict[str, Tensor]:
@@ -34,7 +34,7 @@ def batch() -> dict[str, Tensor]:
 
 
 def side_tuned(family: str = "llama") -> PeftModel:
-    model = get_peft_model(tiny(family), SideTuningConfig(r=4, task_type="CAUSAL_LM"))
+    model = get_peft_model(tiny(family), SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"))
     randomize_side_network(model)
     return model
 
@@ -43,7 +43,7 @@ def side_tuned(family: str = "llama") -> PeftModel:
 def test_equals_the_models_own_loss_and_gradient(family: str) -> None:
     model = side_tuned(family).double()
     results = []
-    for loss in (model(**batch()).loss, supervised_loss(model, **batch())):
+    for loss in (model(**batch()).loss, chunked_cross_entropy(model, **batch())):
         gradient = torch.autograd.grad(loss, list(side_parameters(model).values()))
         results.append((loss, gradient))
     # The model's own takes the logits' softmax in float32.
@@ -55,7 +55,7 @@ def test_equals_the_models_own_where_the_head_is_trained() -> None:
     weights = [p for p in model.parameters() if p.requires_grad]
     results = [
         (loss, torch.autograd.grad(loss, weights))
-        for loss in (model(**batch()).loss, supervised_loss(model, **batch()))
+        for loss in (model(**batch()).loss, chunked_cross_entropy(model, **batch()))
     ]
     torch.testing.assert_close(*results)
 
@@ -69,7 +69,7 @@ def test_holds_no_logits_for_backward() -> None:
     alive: WeakSet[Held] = WeakSet()
     model = side_tuned()
     with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
-        loss = supervised_loss(model, **batch())
+        loss = chunked_cross_entropy(model, **batch())
         assert alive
         assert not any(model.config.vocab_size in held.tensor.shape for held in alive)
         naive = model(**batch()).loss
@@ -79,25 +79,25 @@ def test_holds_no_logits_for_backward() -> None:
 
 def test_divides_by_what_the_trainer_counts() -> None:
     model, ids = tiny(), token_ids(2, 6)
-    assert supervised_loss(model, ids, ids, num_items=5).item() == pytest.approx(
-        supervised_loss(model, ids, ids).item() * 2
+    assert chunked_cross_entropy(model, ids, ids, num_items=5).item() == pytest.approx(
+        chunked_cross_entropy(model, ids, ids).item() * 2
     )
 
 
 def test_nothing_supervised_is_zero() -> None:
     ids, labels = token_ids(), torch.full((2, 12), -100)
-    assert supervised_loss(tiny(), ids, labels).item() == 0.0
-    loss = supervised_loss(side_tuned(), ids, labels)
+    assert chunked_cross_entropy(tiny(), ids, labels).item() == 0.0
+    loss = chunked_cross_entropy(side_tuned(), ids, labels)
     loss.backward()
     assert loss.item() == 0.0
 
 
 def test_the_models_own_forward_takes_it_on_request() -> None:
     model = side_tuned()
-    output = model(**batch(), loss_in_pieces=True, num_items_in_batch=7)
-    torch.testing.assert_close(output.loss, supervised_loss(model, **batch(), num_items=7))
+    output = model(**batch(), chunked_loss=True, num_items_in_batch=7)
+    torch.testing.assert_close(output.loss, chunked_cross_entropy(model, **batch(), num_items=7))
     assert output.logits is None
-    assert model(input_ids=token_ids(), loss_in_pieces=True).logits is not None
+    assert model(input_ids=token_ids(), chunked_loss=True).logits is not None
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -10,19 +10,19 @@ import yaml
 from conftest import tiny
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from qtuning_peft.integrations.facts import TrainingFactsCallback, datasets_on_the_hub, shown
+from qtuning_peft.integrations.metadata import TrainingMetadataCallback, datasets_on_the_hub, shown
 
 from qtuning_peft import SideTuningConfig
-from qtuning_peft.model_card import complete
-from qtuning_peft.sharing import describe
-from qtuning_peft.training_facts import TrainingFacts
+from qtuning_peft.hub.card import complete
+from qtuning_peft.hub.metadata import TrainingMetadata
+from qtuning_peft.hub.sharing import describe
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> PeftModel:
     tiny().save_pretrained(tmp_path / "base")
     base = type(tiny()).from_pretrained(tmp_path / "base")
-    return get_peft_model(base, SideTuningConfig(r=4, downsample="avgpool", task_type="CAUSAL_LM"))
+    return get_peft_model(base, SideTuningConfig(reduction_factor=4, downsample="avgpool", task_type="CAUSAL_LM"))
 
 
 def test_it_says_what_the_hub_reads(model: PeftModel, tmp_path: Path) -> None:
@@ -80,8 +80,9 @@ def loss(value: float, data: str = "org/data") -> EvalResult:
     )  # fmt: skip
 
 
-FACTS = TrainingFacts(
-    recipe="qst:\n  r: 4\n", pruning="kept 32 of 64 samples | one way", results=(loss(1.25),), datasets=("org/data",),
+FACTS = TrainingMetadata(
+    recipe="qst:\n  reduction_factor: 4\n", pruning="kept 32 of 64 samples | one way",
+    results=(loss(1.25),), datasets=("org/data",),
     language=("en",), license="mit", steps=8, loss=1.5, seconds=90.4, peak_memory=(2**30, "allocated on the GPU"),
     machine="a machine",
 )  # fmt: skip
@@ -89,13 +90,13 @@ FACTS = TrainingFacts(
 
 def test_how_it_was_trained_is_told_once_and_stays(model: PeftModel, tmp_path: Path) -> None:
     readme = tmp_path / "adapter" / "README.md"
-    model.training_facts = FACTS
+    model.training_metadata = FACTS
     model.save_pretrained(tmp_path / "adapter")
     first = readme.read_text()
     for known in (
         "| training data | `org/data` |", "| pruning | kept 32 of 64 samples \\| one way |", "| steps | 8 |",
         "| last training loss | 1.5 |", "| time | 90 s |", "| peak memory | 1024 MiB allocated on the GPU |",
-        "| machine | a machine |", "| org/data, test | loss | 1.25 |", "```yaml\nqst:\n  r: 4\n```",
+        "| machine | a machine |", "| org/data, test | loss | 1.25 |", "```yaml\nqst:\n  reduction_factor: 4\n```",
     ):  # fmt: skip
         assert known in first
     data = ModelCard.load(readme).data
@@ -122,7 +123,7 @@ def test_new_facts_replace_old_ones_and_nothing_of_the_author(model: PeftModel, 
     card.data.eval_results += [loss(0.5, "org/mine")]
     card.save(readme)
 
-    complete(readme, config, facts=TrainingFacts(pruning="none", results=(loss(1.0),), steps=9))
+    complete(readme, config, facts=TrainingMetadata(pruning="none", results=(loss(1.0),), steps=9))
     card = ModelCard.load(readme)
     assert card.text.count("## How it was trained") == 1
     assert "| steps | 9 |" in card.text
@@ -134,10 +135,10 @@ def test_new_facts_replace_old_ones_and_nothing_of_the_author(model: PeftModel, 
     assert (card.data.language, card.data.license) == (["en"], "mit")
 
     # Another evaluation takes the place of the old one, whose row goes; metadata alone change no text.
-    complete(readme, config, facts=TrainingFacts(results=(loss(2.0, "org/other"),)))
+    complete(readme, config, facts=TrainingMetadata(results=(loss(2.0, "org/other"),)))
     text = ModelCard.load(readme).text
     assert ModelCard.load(readme).data.eval_results == [loss(0.5, "org/mine"), loss(2.0, "org/other")]
-    complete(readme, config, facts=TrainingFacts(datasets=("org/more",), language=("de",), license="apache-2.0"))
+    complete(readme, config, facts=TrainingMetadata(datasets=("org/more",), language=("de",), license="apache-2.0"))
     card = ModelCard.load(readme)
     assert card.text == text
     assert card.data.datasets == ["org/mine", "org/more"]
@@ -171,12 +172,13 @@ def test_a_recipe_in_a_card_names_no_path_and_no_secret(tmp_path: Path) -> None:
           - {{path: org/data, split: train, token: {secret}, data_files: {secret}}}
           - {{path: ./{secret}, split: test}}
           - {{path: "https://user:{secret}@host/rows"}}
-        qst: {{r: 4, token: {secret}}}
+        qst: {{reduction_factor: 4, token: {secret}}}
         eu_pruning: {{sample_ratio: 0.5, scorer_model: /home/{secret}, cache_path: {secret}, report_path: {secret}}}
     """)
     assert shown(content) == {
         "datasets": [{"path": "org/data", "split": "train"}, {"split": "test"}], "max_length": 64, "packing": False,
-        "learning_rate": 1e-3, "optim": "adamw_torch", "qst": {"r": 4}, "eu_pruning": {"sample_ratio": 0.5},
+        "learning_rate": 1e-3, "optim": "adamw_torch", "qst": {"reduction_factor": 4},
+        "eu_pruning": {"sample_ratio": 0.5},
     }  # fmt: skip
     files = [{"path": "json"}, {"path": str(tmp_path / "rows")}, "org/data", None]
     assert datasets_on_the_hub({"datasets": files}, "datasets") == ("org/data",)
@@ -188,14 +190,14 @@ def test_a_score_is_that_of_the_weights_it_stands_beside(model: PeftModel) -> No
         {"loss": 0.5, "step": 8}, {"train_runtime": 7.0, "step": 8},
     ]  # fmt: skip
     state = SimpleNamespace(log_history=history, global_step=8, best_global_step=4)
-    callback = TrainingFactsCallback(model, {}, None)
+    callback = TrainingMetadataCallback(model, {}, None)
     names = []
     for best in (False, True):
         callback.on_log(SimpleNamespace(load_best_model_at_end=best), state, None)
-        (result,) = model.training_facts.results
+        (result,) = model.training_metadata.results
         names.append((result.metric_name, result.metric_value))
     assert names == [("loss after 6 steps", 2.5), ("loss after 4 steps", 2.0)]
-    facts = model.training_facts
+    facts = model.training_metadata
     assert (facts.pruning, facts.steps, facts.loss, facts.seconds) == ("none in this training", 8, 0.5, 7.0)
 
 

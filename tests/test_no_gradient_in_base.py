@@ -174,7 +174,7 @@ def held(downsample: str, layers: int, checkpointing: bool = False, **options: o
             intermediate_size=INNER * R, vocab_size=100,
         )
     ).to(torch.bfloat16)  # fmt: skip
-    config = SideTuningConfig(r=R, downsample=downsample, task_type="CAUSAL_LM", **EVERY_PART | options)
+    config = SideTuningConfig(reduction_factor=R, downsample=downsample, task_type="CAUSAL_LM", **EVERY_PART | options)
     model = get_peft_model(base, config)
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": True})

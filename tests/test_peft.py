@@ -100,7 +100,7 @@ def test_every_family_starts_at_the_base_learns_saves_and_unloads(family: str, t
 
 def test_adapters_are_switched_deleted_and_kept_apart() -> None:
     model = get_peft_model(tiny(), SideTuningConfig(task_type="CAUSAL_LM"), adapter_name="a")
-    model.add_adapter("ab", SideTuningConfig(r=4, downsample="avgpool", task_type="CAUSAL_LM"))
+    model.add_adapter("ab", SideTuningConfig(reduction_factor=4, downsample="avgpool", task_type="CAUSAL_LM"))
     randomize_side_network(model)
     first = logits(model)
     model.set_adapter("ab")
@@ -261,15 +261,17 @@ def test_a_norm_without_weights() -> None:
 
 
 def test_the_default_number_of_heads_is_recorded() -> None:
-    model = get_peft_model(tiny(hidden_size=256, head_dim=64), SideTuningConfig(r=2, side_attention=True))
+    model = get_peft_model(
+        tiny(hidden_size=256, head_dim=64), SideTuningConfig(reduction_factor=2, side_attention=True)
+    )
     assert model.peft_config["default"].num_side_heads == 2
-    assert get_peft_model(tiny(), SideTuningConfig(r=2)).peft_config["default"].num_side_heads is None
+    assert get_peft_model(tiny(), SideTuningConfig(reduction_factor=2)).peft_config["default"].num_side_heads is None
 
 
 def test_auto_class_loads_base_and_adapter(tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = get_peft_model(base, SideTuningConfig(r=4, task_type="CAUSAL_LM"))
+    model = get_peft_model(base, SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"))
     randomize_side_network(model)
     model.save_pretrained(tmp_path / "adapter")
     saved = PeftConfig.from_pretrained(tmp_path / "adapter").to_dict()

@@ -15,7 +15,7 @@ ROPE_FAMILIES = ("llama", "mistral", "qwen3", "gemma3", "gpt_neox")
 
 
 def side_tuned(family: str = "llama", dtype: torch.dtype = torch.float64, **overrides: object) -> PeftModel:
-    config = SideTuningConfig(r=4, task_type="CAUSAL_LM", **EVERY_PART)
+    config = SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM", **EVERY_PART)
     model = get_peft_model(tiny(family, **overrides), config).to(dtype)
     randomize_side_network(model)
     return model

@@ -1,4 +1,4 @@
-"""The yardstick of quality: tasks in their order, methods as they are written, and levers on kept states."""
+"""The yardstick of quality: tasks in their order, methods as they are written, and ablations on kept states."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if not (REPOSITORY / "benchmarks").is_dir():
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks import rows  # noqa: E402
-from benchmarks.quality import levers, states, targets  # noqa: E402
+from benchmarks.quality import ablations, states, targets  # noqa: E402
 from benchmarks.quality.fit import Data, Rates, fit, optimizers  # noqa: E402
 from benchmarks.quality.learner import factor  # noqa: E402
 from benchmarks.quality.muon import orthogonal  # noqa: E402
@@ -92,16 +92,16 @@ def test_the_learning_rate_warms_up_for_a_tenth_and_ends_near_zero() -> None:
 
 
 def test_a_method_is_read_with_its_options_and_its_rate() -> None:
-    entrant = parse("side(r=4,demonstrations=3,four_bit=False,layers_to_transform=[1,2])=2e-3")
-    assert (entrant.method.name, entrant.rate, entrant.demonstrations) == ("side", 2e-3, 3)
-    assert entrant.method.arguments == {"r": 4, "layers_to_transform": [1, 2]}
+    entrant = parse("side(reduction_factor=4,few_shot_examples=3,four_bit=False,layers_to_transform=[1,2])=2e-3")
+    assert (entrant.method.name, entrant.rate, entrant.few_shot_examples) == ("side", 2e-3, 3)
+    assert entrant.method.arguments == {"reduction_factor": 4, "layers_to_transform": [1, 2]}
     assert not entrant.method.four_bit
     assert parse("side").method.four_bit
     assert parse("lora").rate == parse("lora").method.learning_rate
     with pytest.raises(
-        ValueError, match=r"method is side\(r=4; give NAME, NAME=RATE or NAME\(FIELD=VALUE,...\)=RATE\."
+        ValueError, match=r"method is side\(reduction_factor=4; give NAME, NAME=RATE or NAME\(FIELD=VALUE,...\)=RATE\."
     ):
-        parse("side(r=4")
+        parse("side(reduction_factor=4")
     with pytest.raises(ValueError, match=r"method is nonsense; choose one of side, "):
         parse("nonsense=1e-3")
 
@@ -116,14 +116,14 @@ def test_worked_examples_precede_every_row_and_change_no_order(name: str, tmp_pa
         for file, written in ((f"gsm8k_{part}", texts * 200), (f"sst2_sentence_{part}", sentences)):
             (tmp_path / f"{file}.jsonl").write_text("\n".join(map(json.dumps, written)))
     plain, shown = (load(name, tokenizer, tmp_path, number) for number in (0, 3))
-    assert plain.demonstrations == 0
-    assert shown.demonstrations > 6
-    examples = shown.train[0]["input_ids"][: shown.demonstrations]
+    assert plain.few_shot_examples == 0
+    assert shown.few_shot_examples > 6
+    examples = shown.train[0]["input_ids"][: shown.few_shot_examples]
     for mine, theirs in zip(plain.train[:40], shown.train[:40], strict=True):
         assert theirs["input_ids"] == examples + mine["input_ids"]
         assert theirs["labels"] == ([-100] * len(examples) + mine["labels"] if name == "gsm8k" else mine["labels"])
     orders = [
-        [[row["input_ids"][task.demonstrations :] for row in batch] for batch in task.epochs(40, 8, 1, 0)]
+        [[row["input_ids"][task.few_shot_examples :] for row in batch] for batch in task.epochs(40, 8, 1, 0)]
         for task in (plain, shown)
     ]
     assert orders[0] == orders[1]
@@ -155,23 +155,25 @@ def test_kept_states_are_the_base_and_are_read_once(
     assert len(loads) == 2
 
 
-@pytest.mark.parametrize("lever", levers.LEVERS, ids=lambda lever: lever.name)
+@pytest.mark.parametrize("ablation", ablations.ABLATIONS, ids=lambda ablation: ablation.name)
 def test_a_lever_starts_as_the_base_and_a_step_trains_all_of_it(
-    lever: levers.Lever, base: LlamaForCausalLM, data: Data
+    ablation: ablations.Ablation, base: LlamaForCausalLM, data: Data
 ) -> None:
     torch.manual_seed(0)
-    network, batch = Network(lever.options, base, data.train), data.train[0]
+    network, batch = Network(ablation.options, base, data.train), data.train[0]
     before = {name: value.clone() for name, value in network.state_dict().items()}
     final = network(batch["taps"], batch["normed"].float())
     real = batch["attention_mask"].bool()
     # Blocks that run again start from a rounded state.
-    close = {"rtol": 0.03, "atol": 0.03} if lever.options.late else {"rtol": 0, "atol": 0}
+    close = {"rtol": 0.03, "atol": 0.03} if ablation.options.late else {"rtol": 0, "atol": 0}
     torch.testing.assert_close(final[real], batch["normed"].float()[real], **close)
 
-    covered = [p for optimizer in optimizers(network, lever.rates) for g in optimizer.param_groups for p in g["params"]]
+    covered = [
+        p for optimizer in optimizers(network, ablation.rates) for g in optimizer.param_groups for p in g["params"]
+    ]
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     assert sorted(map(id, covered)) == sorted(map(id, trained))
-    for _ in fit(data, network, lever.rates, steps=3, seed=0):
+    for _ in fit(data, network, ablation.rates, steps=3, seed=0):
         pass
     frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
     for name, value in network.state_dict().items():
@@ -181,8 +183,8 @@ def test_a_lever_starts_as_the_base_and_a_step_trains_all_of_it(
 def test_no_position_sees_a_later_one(base: LlamaForCausalLM, data: Data) -> None:
     batch = data.train[0]
     for name in ("every-third-r4", "base-attention", "late-injection-6"):
-        (lever,) = levers.chosen([name])
-        network = Network(lever.options, base, data.train)
+        (ablation,) = ablations.chosen([name])
+        network = Network(ablation.options, base, data.train)
         for parameter in network.parameters():
             if not parameter.any():
                 nn.init.normal_(parameter)
@@ -236,8 +238,8 @@ def test_muon_moves_every_direction_as_far() -> None:
 
 
 def test_side_networks_may_start_from_the_base(base: LlamaForCausalLM, data: Data) -> None:
-    (lever,) = levers.chosen(["from-base-weights"])
-    side = Network(lever.options, base, data.train).side
+    (ablation,) = ablations.chosen(["from-base-weights"])
+    side = Network(ablation.options, base, data.train).side
     assert side is not None
     weight = side.down[1].weight
     assert torch.equal(weight.sum(1), torch.ones(16))
@@ -249,24 +251,24 @@ def test_side_networks_may_start_from_the_base(base: LlamaForCausalLM, data: Dat
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["levers", *words])
-    levers.main()
+    monkeypatch.setattr(sys, "argv", ["ablations", *words])
+    ablations.main()
 
 
 def test_the_command_goes_on_where_it_stopped(
     base: LlamaForCausalLM, task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(levers, "smollm2_tokenizer", lambda: None)
-    monkeypatch.setattr(levers, "load", lambda *_: task)
+    monkeypatch.setattr(ablations, "smollm2_tokenizer", lambda: None)
+    monkeypatch.setattr(ablations, "load", lambda *_: task)
     monkeypatch.setattr(states, "smollm2", lambda: (base, None))
     monkeypatch.setattr(states, "dequantized", lambda: base)
-    words = ("--rows", "16", "--steps", "2", "--choose-rows", "8", "--only", "linear-last", "three-epochs-linear")
+    words = ("--rows", "16", "--steps", "2", "--validation-rows", "8", "--only", "linear-last", "three-epochs-linear")
     command(monkeypatch, *words[:-1])
-    first = rows.read("levers")
+    first = rows.read("ablations")
     command(monkeypatch, *words)
-    both = rows.read("levers")
+    both = rows.read("ablations")
     command(monkeypatch, *words)
-    assert rows.read("levers") == both
+    assert rows.read("ablations") == both
     assert both[0] == first[0]
     assert [(row["name"], row["steps"]) for row in both] == [("linear-last", 2), ("three-epochs-linear", 6)]
     for row in both:
@@ -280,15 +282,19 @@ def test_the_command_lists_and_refuses_in_a_sentence(
     task: Task, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command(monkeypatch, "--list")
-    assert len(capsys.readouterr().out.splitlines()) == len(levers.LEVERS) == len({x.name for x in levers.LEVERS})
-    monkeypatch.setattr(levers, "smollm2_tokenizer", lambda: None)
+    assert (
+        len(capsys.readouterr().out.splitlines())
+        == len(ablations.ABLATIONS)
+        == len({x.name for x in ablations.ABLATIONS})
+    )
+    monkeypatch.setattr(ablations, "smollm2_tokenizer", lambda: None)
     with pytest.raises(SystemExit):
-        command(monkeypatch, "--only", "lever")
-    assert "only is lever; choose from default-r8, " in capsys.readouterr().err
+        command(monkeypatch, "--only", "ablation")
+    assert "only is ablation; choose from default-r8, " in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command(monkeypatch)
     assert "data is None, which has no gsm8k_train.jsonl; name a folder that has it." in capsys.readouterr().err
-    monkeypatch.setattr(levers, "load", lambda *_: task)
+    monkeypatch.setattr(ablations, "load", lambda *_: task)
     with pytest.raises(SystemExit):
         command(monkeypatch, "--rows", "4")
     assert "rows is 4; give 8 to 40." in capsys.readouterr().err
@@ -296,23 +302,23 @@ def test_the_command_lists_and_refuses_in_a_sentence(
 
 def run(method: str, **row: object) -> list[dict]:
     given = {
-        "task": "gsm8k", "rows": 80, "epochs": 1, "demonstrations": 0, "method": method, "chosen_by": 1.0,
-        "reported": 1.0, "report_rows": 300, "seconds": 100.0, "options": {"four_bit": False},
+        "task": "gsm8k", "rows": 80, "epochs": 1, "few_shot_examples": 0, "method": method, "validation": 1.0,
+        "test": 1.0, "test_rows": 300, "seconds": 100.0, "options": {"four_bit": False},
     }  # fmt: skip
     return [{**given, **row}]
 
 
 def test_targets_compare_with_the_best_lora_at_equal_time_and_from_equal_data() -> None:
     groups = [
-        run("lora", chosen_by=1.1, reported=0.5),  # luckier where nobody was to look
-        run("lora-r8", chosen_by=1.0, reported=1.0),
-        run("side", chosen_by=1.2, reported=1.04, seconds=39.0),
-        run("side", rows=200, chosen_by=0.9, reported=0.99, seconds=104.0),
-        run("side", rows=900, chosen_by=0.5, reported=0.5, seconds=300.0),
-        3 * run("side", task="sst2", chosen_by=0.8, reported=0.8),
-        3 * run("lora", task="sst2", chosen_by=0.9, reported=0.9),
-        3 * run("side", task="rte", chosen_by=0.8, reported=0.8),
-        run("lora", task="rte", chosen_by=0.9, reported=0.9),
+        run("lora", validation=1.1, test=0.5),  # luckier where nobody was to look
+        run("lora-r8", validation=1.0, test=1.0),
+        run("side", validation=1.2, test=1.04, seconds=39.0),
+        run("side", rows=200, validation=0.9, test=0.99, seconds=104.0),
+        run("side", rows=900, validation=0.5, test=0.5, seconds=300.0),
+        3 * run("side", task="sst2", validation=0.8, test=0.8),
+        3 * run("lora", task="sst2", validation=0.9, test=0.9),
+        3 * run("side", task="rte", validation=0.8, test=0.8),
+        run("lora", task="rte", validation=0.9, test=0.9),
         run("qlora", options={"four_bit": True}),  # nothing beside it
     ]
     equal_time, equal_data, accuracy, one_seed = (*targets.of_losses(groups), *targets.of_accuracy(groups))
@@ -321,7 +327,7 @@ def test_targets_compare_with_the_best_lora_at_equal_time_and_from_equal_data() 
     assert equal_data[4] == "met: +0.040 in 0.39 of the time"
     assert accuracy[4] == "**missed**: -10.0 ± 2.9 points"
     assert one_seed[4] == "open, as 3 seeds are asked: -10.0 ± 2.9 points"
-    (guessing,) = targets.of_accuracy([3 * run(name, task="rte", reported=0.53) for name in ("side", "lora")])
+    (guessing,) = targets.of_accuracy([3 * run(name, task="rte", test=0.53) for name in ("side", "lora")])
     assert guessing[4] == "open, as LoRA learned nothing: +0.0 ± 4.1 points"
     memory = list(targets.of_memory(lambda: {"side": 1.0, "lora": 4.0, "qlora": 1.5}))
     assert [line[4] for line in memory] == ["met: 0.25", "**missed**: 0.67"]

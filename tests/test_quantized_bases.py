@@ -16,7 +16,7 @@ from transformers.integrations.gguf.utils import GgufLinear
 from qtuning_peft import SideTuningConfig
 from qtuning_peft.demo.gsm8k import RightPadding, encode, read_rows
 from qtuning_peft.demo.smollm2 import FILE, gguf_folder
-from qtuning_peft.loss import supervised_loss
+from qtuning_peft.loss import chunked_cross_entropy
 
 pytestmark = pytest.mark.smollm2
 
@@ -99,7 +99,7 @@ def test_a_side_network_learns_on_the_real_model(
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     losses = []
     for _ in range(8):
-        loss = supervised_loss(model, **batch)
+        loss = chunked_cross_entropy(model, **batch)
         losses.append(loss.item())
         loss.backward()
         assert all(p.grad is None for name, p in model.named_parameters() if "qst_side_network" not in name)

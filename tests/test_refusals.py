@@ -31,11 +31,11 @@ from qtuning_peft import SideTuningConfig
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"r": 0}, "r is 0; give an integer of at least 2"),
-        ({"r": 1}, "r is 1;"),
-        ({"r": 2.5}, "r is 2.5;"),
-        ({"r": True}, "r is True;"),
-        ({"r": "8"}, "r is '8';"),
+        ({"reduction_factor": 0}, "reduction_factor is 0; give an integer of at least 2"),
+        ({"reduction_factor": 1}, "reduction_factor is 1;"),
+        ({"reduction_factor": 2.5}, "reduction_factor is 2.5;"),
+        ({"reduction_factor": True}, "reduction_factor is True;"),
+        ({"reduction_factor": "8"}, "reduction_factor is '8';"),
         (
             {"downsample": "conv"},
             "downsample is 'conv'; choose one of adapter, lora, linear, projection, maxpool, avgpool",
@@ -69,13 +69,16 @@ def test_config_values(options: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"r": 7}, "r is 7, .* hidden size of 64; choose one of 2, 4, 8"),
-        ({"r": 64}, "r is 64, .* choose one of 2, 4, 8"),
+        ({"reduction_factor": 7}, "reduction_factor is 7, .* hidden size of 64; choose one of 2, 4, 8"),
+        ({"reduction_factor": 64}, "reduction_factor is 64, .* choose one of 2, 4, 8"),
         (
-            {"r": 4, "num_side_heads": 3, "side_attention": True},
+            {"reduction_factor": 4, "num_side_heads": 3, "side_attention": True},
             "num_side_heads is 3, which does not split the side width of 16",
         ),
-        ({"r": 4, "num_side_heads": 16, "side_attention": True}, "num_side_heads is 16, .* equal even sizes"),
+        (
+            {"reduction_factor": 4, "num_side_heads": 16, "side_attention": True},
+            "num_side_heads is 16, .* equal even sizes",
+        ),
         ({"layers_to_transform": [0, 3]}, "layers_to_transform names block 3, but the base has blocks 0 to 2"),
         ({"modules_to_save": ["embed_tokens"]}, "modules_to_save names embed_tokens, part of the base"),
     ],
@@ -110,7 +113,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 50}
 )  # fmt: skip
 def test_models_without_a_place_for_a_side_network(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        get_peft_model(make(), SideTuningConfig(r=4))
+        get_peft_model(make(), SideTuningConfig(reduction_factor=4))
 
 
 @pytest.mark.parametrize(
@@ -122,11 +125,11 @@ def test_models_without_a_place_for_a_side_network(make: object, message: str) -
     ids=["MPT", "ALiBi in the mask"],
 )
 def test_masks_that_mean_something_else_to_a_side_network(make: object, message: str) -> None:
-    model = get_peft_model(make(), SideTuningConfig(r=4, side_attention=True))
+    model = get_peft_model(make(), SideTuningConfig(reduction_factor=4, side_attention=True))
     ids = token_ids() % 50
     with pytest.raises(NotImplementedError, match=message):
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    without = get_peft_model(make().eval(), SideTuningConfig(r=4, task_type="CAUSAL_LM"))
+    without = get_peft_model(make().eval(), SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"))
     randomize_side_network(without, scale=0.3)
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     found = [without.generate(input_ids=ids, **options, use_cache=cached) for cached in (True, False)]
@@ -139,7 +142,7 @@ def test_hidden_states_of_another_form() -> None:
         vocab_size_per_layer_input=50, hidden_size_per_layer_input=8, num_kv_shared_layers=0,
         layer_types=["full_attention"] * 2, activation_sparsity_pattern=[0.0, 0.0],
     )  # fmt: skip
-    model = get_peft_model(Gemma3nForCausalLM(config), SideTuningConfig(r=4))
+    model = get_peft_model(Gemma3nForCausalLM(config), SideTuningConfig(reduction_factor=4))
     with pytest.raises(NotImplementedError, match="4-dimensional states"):
         model(input_ids=token_ids() % 50)
 

@@ -35,7 +35,7 @@ Fields = dict[str, Any]
 
 
 def side_tuned(**options: object) -> PeftModel:
-    model = get_peft_model(tiny(), SideTuningConfig(**{"r": 4, "task_type": "CAUSAL_LM"} | options))
+    model = get_peft_model(tiny(), SideTuningConfig(**{"reduction_factor": 4, "task_type": "CAUSAL_LM"} | options))
     randomize_side_network(model)
     return model
 
@@ -88,7 +88,7 @@ def base_then_transformers(folder: Path) -> tuple[torch.nn.Module, Callable[[], 
 
 def beside_another_in_transformers(folder: Path) -> tuple[torch.nn.Module, Callable[[], object]]:
     base = tiny()
-    base.add_adapter(SideTuningConfig(r=4), adapter_name="own")
+    base.add_adapter(SideTuningConfig(reduction_factor=4), adapter_name="own")
     return base, lambda: base.load_adapter(str(folder), adapter_name="stranger")
 
 
@@ -372,14 +372,14 @@ def test_a_head_beside_the_side_network(key: str, value: torch.Tensor | None, me
 
 HUGE = 10**12
 CONFIGS: list[tuple[Fields, str]] = [
-    ({"r": HUGE}, f"r is {HUGE}; give an integer of at most"),
-    ({"r": 10**4000}, r"r is 10+\.\.\.0+; give an integer of at most"),
-    ({"r": 2**19}, "r is 524288, which leaves no usable side width"),
-    ({"r": -4}, "r is -4; give an integer of at least 2"),
-    ({"r": "4"}, "r is '4';"),
-    ({"r": [4]}, r"r is \[4\];"),
-    ({"r": None}, "r is None;"),
-    ({"r": 1e400}, "r is inf;"),
+    ({"reduction_factor": HUGE}, f"reduction_factor is {HUGE}; give an integer of at most"),
+    ({"reduction_factor": 10**4000}, r"reduction_factor is 10+\.\.\.0+; give an integer of at most"),
+    ({"reduction_factor": 2**19}, "reduction_factor is 524288, which leaves no usable side width"),
+    ({"reduction_factor": -4}, "reduction_factor is -4; give an integer of at least 2"),
+    ({"reduction_factor": "4"}, "reduction_factor is '4';"),
+    ({"reduction_factor": [4]}, r"reduction_factor is \[4\];"),
+    ({"reduction_factor": None}, "reduction_factor is None;"),
+    ({"reduction_factor": 1e400}, "reduction_factor is inf;"),
     ({"downsample": {"a": 1}}, r"downsample is \{'a': 1\}; choose one of"),
     ({"downsample": "os.system"}, "downsample is 'os.system'; choose"),
     ({"downsample_rank": HUGE, "downsample": "lora"}, f"downsample_rank is {HUGE}; give an integer of at most"),
@@ -421,7 +421,7 @@ CONFIGS: list[tuple[Fields, str]] = [
     ({"peft_version": 21}, "peft_version is 21"),
     ({"tokenizer_fingerprint": 7}, "tokenizer_fingerprint is 7"),
     ({"task_type": "CODE"}, "Invalid task type: 'CODE'"),
-    ({"r": 8}, "has shape|lacks"),
+    ({"reduction_factor": 8}, "has shape|lacks"),
     ({"downsample": "avgpool"}, "down.weight"),
     ({"layers_to_transform": [0, 1]}, "lacks"),
     ({"side_attention": True}, "lacks"),
@@ -445,11 +445,11 @@ NOT_JSON: dict[str, bytes] = {
     "no JSON": b"import os",
     "cut off": b'{"peft_type": "QST", "r"',
     "not UTF-8": b"\xff\xfe{}",
-    "deeply nested": b'{"peft_type": "QST", "r": ' + b"[" * 200_000,
-    "number too long": b'{"peft_type": "QST", "r": ' + b"9" * 10_000 + b"}",
+    "deeply nested": b'{"peft_type": "QST", "reduction_factor": ' + b"[" * 200_000,
+    "number too long": b'{"peft_type": "QST", "reduction_factor": ' + b"9" * 10_000 + b"}",
     "a list": b'["QST"]',
     "a number": b"7",
-    "no type": b'{"r": 4}',
+    "no type": b'{"reduction_factor": 4}',
     "another type": b'{"peft_type": "os.system"}',
     "type no text": b'{"peft_type": {"a": 1}}',
     "names of Python's own": b'{"peft_type": "QST", "self": 1, "cls": 2}',
@@ -486,7 +486,7 @@ def test_what_a_config_cannot_say(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_values_that_are_missing_are_the_defaults(folder: Path) -> None:
-    (folder / CONFIG).write_text('{"peft_type": "QST", "r": 4}')
+    (folder / CONFIG).write_text('{"peft_type": "QST", "reduction_factor": 4}')
     for way in WAYS:
         way(folder)[1]()
 
@@ -501,8 +501,8 @@ def test_nothing_trusts_remote_code() -> None:
 def test_a_config_as_a_template_needs_no_weights(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     for config in (PeftConfig.from_pretrained(folder), SideTuningConfig.from_pretrained(folder)):
-        config.r = 8
-        assert get_peft_model(tiny(), config).peft_config["default"].r == 8
+        config.reduction_factor = 8
+        assert get_peft_model(tiny(), config).peft_config["default"].reduction_factor == 8
     config = PeftConfig.from_pretrained(folder)
     tiny().add_adapter(config)
 
@@ -521,7 +521,7 @@ def test_what_is_recorded_of_the_base(tmp_path: Path) -> None:
     word_tokenizer().save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     base.config._commit_hash = "0123456789" * 4
-    model = get_peft_model(base, SideTuningConfig(r=4, task_type="CAUSAL_LM"))
+    model = get_peft_model(base, SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path / "adapter")
     recorded = json.loads((tmp_path / "adapter" / CONFIG).read_text())
     assert recorded["base_model_name_or_path"] == str(tmp_path / "base")
@@ -579,7 +579,7 @@ names = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min
 valid_options = st.fixed_dictionaries(
     {},
     optional={
-        "r": st.integers(2, 2**20),
+        "reduction_factor": st.integers(2, 2**20),
         "downsample": st.sampled_from(DOWNSAMPLES),
         "downsample_rank": st.integers(1, 2**20),
         "downsample_norm": st.booleans(),

@@ -12,7 +12,7 @@ from test_no_gradient_in_base import saved_for_backward
 from torch import Tensor
 
 from qtuning_peft import SideTuningConfig, fit_projections
-from qtuning_peft.loss import supervised_loss
+from qtuning_peft.loss import chunked_cross_entropy
 from qtuning_peft.side_tuning.base_states import base_states, use_in_next_forward
 from qtuning_peft.side_tuning.downsample import Projection
 from qtuning_peft.side_tuning.tap_storage import Quantized
@@ -21,7 +21,9 @@ LEARNED = ("linear", "lora", "adapter")
 
 
 def model_with(family: str = "llama", **config: object) -> PeftModel:
-    model = get_peft_model(tiny(family), SideTuningConfig(**{"r": 4, "task_type": "CAUSAL_LM", **EVERY_PART} | config))
+    model = get_peft_model(
+        tiny(family), SideTuningConfig(**{"reduction_factor": 4, "task_type": "CAUSAL_LM", **EVERY_PART} | config)
+    )
     randomize_side_network(model)
     return model.train()
 
@@ -33,7 +35,7 @@ def padded_batch() -> dict[str, Tensor]:
 
 
 def gradients(model: PeftModel, **batch: Tensor) -> dict[str, Tensor]:
-    supervised_loss(model, **(batch or padded_batch())).backward()
+    chunked_cross_entropy(model, **(batch or padded_batch())).backward()
     return {name: parameter.grad.clone() for name, parameter in side_parameters(model).items()}
 
 
@@ -52,7 +54,7 @@ def test_recomputed_taps_give_the_same_gradient_twice_checkpointed_in_bfloat16_a
         model = model_with(layers_to_transform=[0, 2], tap_storage=storage)
         model.gradient_checkpointing_enable()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            losses = [supervised_loss(model, ids, ids) for ids in (token_ids(2, 8), token_ids(1, 5, seed=7))]
+            losses = [chunked_cross_entropy(model, ids, ids) for ids in (token_ids(2, 8), token_ids(1, 5, seed=7))]
         # Two passes are waiting for their backward, outside autocast.
         sum(losses).backward()
         results.append([p.grad for p in side_parameters(model).values()])
@@ -73,12 +75,12 @@ def test_recomputed_taps_give_the_same_gradient_from_kept_states() -> None:
 def test_the_base_runs_once_more_and_only_in_backward() -> None:
     model, runs = model_with(tap_storage="recompute"), []
     model.get_base_model().model.layers[0].register_forward_hook(lambda *_: runs.append(None))
-    loss = supervised_loss(model, token_ids(), token_ids())
+    loss = chunked_cross_entropy(model, token_ids(), token_ids())
     assert len(runs) == 1
     loss.backward()
     assert len(runs) == 2
     with torch.no_grad():
-        supervised_loss(model, token_ids(), token_ids())
+        chunked_cross_entropy(model, token_ids(), token_ids())
     assert len(runs) == 3
 
 
@@ -128,7 +130,7 @@ def test_what_a_tap_holds(config: dict[str, object], held_per_token: int, monkey
     """Beside what is held with a pooled tap, which needs nothing."""
 
     def held(**config: object) -> int:
-        parts = {"r": 4, "downsample_norm": False, **EVERY_PART} | config
+        parts = {"reduction_factor": 4, "downsample_norm": False, **EVERY_PART} | config
         model = get_peft_model(tiny(num_hidden_layers=1), SideTuningConfig(**parts))
         with saved_for_backward(model.train()) as saved:
             model.get_base_model().model(token_ids(1, 50), use_cache=False)

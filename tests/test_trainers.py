@@ -73,7 +73,7 @@ def test_a_compiled_model_gives_the_same_loss_and_gradient() -> None:
     """With graph breaks; the backend needs no compiler of the machine's."""
     results = []
     for compiled in (False, True):
-        model = get_peft_model(tiny(), SideTuningConfig(r=4, task_type="CAUSAL_LM")).train()
+        model = get_peft_model(tiny(), SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM")).train()
         randomize_side_network(model)
         run = torch.compile(model, backend="aot_eager") if compiled else model
         loss = run(input_ids=token_ids(), labels=token_ids()).loss
@@ -94,7 +94,7 @@ def test_a_compiled_model_gives_the_same_loss_and_gradient() -> None:
     ids=str,
 )
 def test_the_trainer(options: dict[str, object], tmp_path: Path) -> None:
-    model = get_peft_model(tiny(), SideTuningConfig(r=4, task_type="CAUSAL_LM"))
+    model = get_peft_model(tiny(), SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"))
     before = snapshot(model)
     trainer = Trainer(
         model=model,
@@ -120,7 +120,7 @@ def test_one_run_of_four_steps_equals_two_runs_of_two(tmp_path: Path) -> None:
 
         def train(steps: int, checkpoint: str | None = None, folder: str = folder) -> torch.nn.Module:
             torch.manual_seed(3)
-            model = get_peft_model(tiny(), SideTuningConfig(r=4, task_type="CAUSAL_LM"))
+            model = get_peft_model(tiny(), SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"))
             args = TrainingArguments(
                 output_dir=folder, max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2, report_to="none",
                 lr_scheduler_type="constant", use_cpu=True, disable_tqdm=True, save_steps=2,
@@ -151,7 +151,7 @@ def test_trl_sft_with_its_defaults(base: str, tmp_path: Path) -> None:
         ),
         train_dataset=Dataset.from_list(ROWS),
         processing_class=tokenizer(),
-        peft_config=SideTuningConfig(r=4, task_type="CAUSAL_LM"),
+        peft_config=SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"),
     )  # fmt: skip
     assert trainer.args.gradient_checkpointing
     before = snapshot(trainer.model)

@@ -81,7 +81,7 @@ def test_sft_trains_the_side_network_alone(
 ) -> None:
     trainer = SFTTrainer(
         model=base, args=SFTConfig(**settings(tmp_path, **options)), train_dataset=data(), processing_class=tokenizer,
-        peft_config=SideTuningConfig(r=4, task_type="CAUSAL_LM"),
+        peft_config=SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"),
     )  # fmt: skip
     history = losses_of_training_the_side_network_alone(trainer)
     assert sum(history[-3:]) / 3 < sum(history[:3]) / 3 - 0.1
@@ -96,7 +96,7 @@ def test_dpo_trains_the_side_network_alone(
     options = settings(tmp_path, num_train_epochs=4)
     trainer = DPOTrainer(
         model=base, args=DPOConfig(**options), train_dataset=data, processing_class=tokenizer,
-        peft_config=SideTuningConfig(r=4, task_type="CAUSAL_LM"),
+        peft_config=SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"),
     )  # fmt: skip
     history = losses_of_training_the_side_network_alone(trainer)
     # At first the policy is its own reference.
@@ -116,7 +116,7 @@ def test_what_sft_trains_on_is_what_the_library_keeps(
 
     trainer = EUPruningSFTTrainer(
         model=base, args=SFTConfig(**options, packing=packing), train_dataset=chat(), processing_class=tokenizer,
-        peft_config=SideTuningConfig(r=4, task_type="CAUSAL_LM"),
+        peft_config=SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"),
         eu_pruning=EUPruningBlock(sample_ratio=0.5, token_ratio=0.5),
     )  # fmt: skip
     if packing:
@@ -147,7 +147,10 @@ def test_a_recipe_of_trl_becomes_ours_with_a_block(folder: Path, tmp_path: Path)
         "model_name_or_path": str(folder / "model"), "dataset_name": str(folder / "chat"),
         "assistant_only_loss": True, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "hub_token": "hf_s3cret",
     }  # fmt: skip
-    blocks = {"qst": {"r": 4, "keep_states_gib": 1}, "eu_pruning": {"sample_ratio": 0.5, "token_ratio": 0.7}}
+    blocks = {
+        "qst": {"reduction_factor": 4, "hidden_state_cache_gib": 1},
+        "eu_pruning": {"sample_ratio": 0.5, "token_ratio": 0.7},
+    }
     done = run(tmp_path, "qst", recipe | blocks, "--weight_decay", "0.125")
     assert done.returncode == 0, done.stderr
     assert "kept 32 of 64 samples" in done.stderr
@@ -161,7 +164,7 @@ def test_a_recipe_of_trl_becomes_ours_with_a_block(folder: Path, tmp_path: Path)
     # What the file, the command line and the log say of it is in its card, but nothing of this machine.
     card = ModelCard.load(out / "README.md")
     for known in (
-        "| pruning | kept 32 of 64 samples", "| steps | 8 |", "token_ratio: 0.7", "keep_states_gib: 1",
+        "| pruning | kept 32 of 64 samples", "| steps | 8 |", "token_ratio: 0.7", "hidden_state_cache_gib: 1",
         "learning_rate: 0.005", "weight_decay: 0.125", "load_in_4bit: true", "| machine | ", "MiB resident",
         "import qtuning_peft", "huggingface/trl",
     ):  # fmt: skip
@@ -215,7 +218,7 @@ def test_a_recipe_of_trl_without_blocks_is_as_it_was(folder: Path, tmp_path: Pat
 def test_batches_are_pruned_dynamically(folder: Path, tmp_path: Path) -> None:
     recipe = settings(tmp_path / "out", max_steps=4, per_device_train_batch_size=8) | {
         "model_name_or_path": str(folder / "model"), "dataset_name": str(folder / "chat"),
-        "qst": {"r": 4}, "eu_pruning": {"mode": "dynamic", "sample_ratio": 0.5},
+        "qst": {"reduction_factor": 4}, "eu_pruning": {"mode": "dynamic", "sample_ratio": 0.5},
     }  # fmt: skip
     done = run(tmp_path, "dynamic", recipe)
     assert done.returncode == 0, done.stderr
@@ -229,10 +232,10 @@ def test_batches_are_pruned_dynamically(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ({"qst": {"rank": 4}}, "qst.rank is no field; choose from r, "),
-        ({"qst": {"r": 1}}, "qst: r is 1; give an integer of at least 2."),
-        ({"qst": {"r": "wide"}}, "qst.r: "),
-        ({"qst": {"keep_states_gib": 0}}, "qst.keep_states_gib: Input should be greater than 0"),
+        ({"qst": {"rank": 4}}, "qst.rank is no field; choose from reduction_factor, "),
+        ({"qst": {"reduction_factor": 1}}, "qst: reduction_factor is 1; give an integer of at least 2."),
+        ({"qst": {"reduction_factor": "wide"}}, "qst.reduction_factor: "),
+        ({"qst": {"hidden_state_cache_gib": 0}}, "qst.hidden_state_cache_gib: Input should be greater than 0"),
         ({"qst": 4}, "qst: "),
         ({"qst": {}, "use_peft": True}, "use_peft is true"),
         ({"eu_pruning": {}}, "eu_pruning: No budget is given"),
@@ -263,7 +266,8 @@ def test_a_wrong_file_is_one_sentence(text: str, sentence: str, tmp_path: Path) 
 
 def test_the_block_has_every_field_of_the_configuration() -> None:
     chosen = {
-        "r": 4, "downsample": "lora", "downsample_rank": 3, "downsample_norm": False, "num_side_heads": 2,
+        "reduction_factor": 4, "downsample": "lora", "downsample_rank": 3, "downsample_norm": False,
+        "num_side_heads": 2,
         "layers_to_transform": [0, 2], "side_dropout": 0.1, "mixing": "paper", "compute_dtype": "bfloat16",
         "modules_to_save": ["score"], "target_modules": None, "trainable_token_indices": None,
         "base_hidden_size": 64, "base_num_layers": 4, "tokenizer_fingerprint": None, "tap_storage": "int4",
@@ -297,7 +301,7 @@ def test_another_model_can_score(
     for scorer in (None, str(folder / "model"), str(tmp_path / "other")):
         trainer = EUPruningSFTTrainer(
             model=base, args=SFTConfig(**options), train_dataset=chat(), processing_class=tokenizer,
-            peft_config=SideTuningConfig(r=4, task_type="CAUSAL_LM"),
+            peft_config=SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"),
             eu_pruning=EUPruningBlock(sample_ratio=0.5, scorer_model=scorer),
         )  # fmt: skip
         kept.append(trainer.train_dataset["input_ids"][:])

@@ -22,7 +22,7 @@ from benchmarks.quality.muon import Muon
 from benchmarks.quality.networks import STATISTICS_BATCHES, Network
 from benchmarks.quality.tasks import Batch
 from benchmarks.step import seconds
-from qtuning_peft.loss import IGNORE_INDEX, summed_loss, supervised_positions
+from qtuning_peft.loss import IGNORE_INDEX, summed_cross_entropy, supervised_positions
 
 LIKELY, PIECE = 4000, 512
 
@@ -81,7 +81,7 @@ class Data:
         total, tokens = 0.0, 0
         for batch in self.choose:
             states, targets = self._supervised(network, batch)
-            total += summed_loss(lambda x: x @ self.head.T, states, targets, PIECE, frozen=True).item()
+            total += summed_cross_entropy(lambda x: x @ self.head.T, states, targets, PIECE, frozen=True).item()
             tokens += len(targets)
         return total / tokens
 

@@ -17,7 +17,7 @@ from benchmarks import methods
 from benchmarks.common import NF4, checkpoint, smollm2
 from benchmarks.quality.tasks import Batch, Task
 from benchmarks.step import seconds
-from qtuning_peft.loss import IGNORE_INDEX, supervised_loss
+from qtuning_peft.loss import IGNORE_INDEX, chunked_cross_entropy
 from qtuning_peft.side_tuning.base_states import side_tuning_layer
 from qtuning_peft.side_tuning.shared_prefix import common_prefix
 from qtuning_peft.trainer import ROWS
@@ -68,7 +68,7 @@ class Learner:
             group["lr"] = self.rate * factor(self.step_number, self.steps)
         self.clock += seconds(lambda: self._step(batch))
         self.step_number += 1
-        self.tokens += int(batch["attention_mask"].sum()) - len(batch["labels"]) * self.task.demonstrations
+        self.tokens += int(batch["attention_mask"].sum()) - len(batch["labels"]) * self.task.few_shot_examples
 
     def _step(self, batch: Batch) -> None:
         self._loss(batch).backward()
@@ -79,7 +79,9 @@ class Learner:
     def _loss(self, batch: Batch, **options: Any) -> torch.Tensor:
         inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
         return (
-            supervised_loss(self.model, **inputs, **options) if self.task.labels is None else self.model(**inputs).loss
+            chunked_cross_entropy(self.model, **inputs, **options)
+            if self.task.labels is None
+            else self.model(**inputs).loss
         )
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
     f' = f + U norm(g_n) + sum_i W_i z_i,        g_j = block(gate(g_(j-1), D_j s_j)),        z_i = normalized(s_i)
 
 s_i is the state after block i of the base, s_0 the embeddings, f the final norm's output. U and W start at zero: every
-network starts as the base. What the command `levers` varies are the fields of `Options`.
+network starts as the base. What the command `ablations` varies are the fields of `Options`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Options:
     """
 
     blocks: tuple[int, ...] = tuple(range(1, LAST + 1))
-    r: int = 8
+    reduction_factor: int = 8
     attention: Literal["side", "base", "none"] = "side"
     mlp: bool = True
     gate: Literal["lerp", "add"] = "lerp"
@@ -131,7 +131,7 @@ class SideNetwork(nn.Module):
     def __init__(self, options: Options, base: Any) -> None:
         super().__init__()
         size, count = base.config.hidden_size, len(options.blocks)
-        width = size // options.r
+        width = size // options.reduction_factor
         self.options = options
         downs = [nn.Linear(size, width, bias=False) for _ in range(count + 1)]
         self.down = nn.ModuleList(downs)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality.page
 
-What a method learned against the time and the memory it took, and what every lever was expected to do and did.
+What a method learned against the time and the memory it took, and what every ablation was expected to do and did.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from statistics import mean, stdev
 from benchmarks import rows
 from benchmarks.common import HERE, markdown
 from benchmarks.quality import targets
-from benchmarks.quality.levers import LEVERS
+from benchmarks.quality.ablations import ABLATIONS
 from benchmarks.rows import Row
 from benchmarks.tables import main, newest, not_measured, plot, source
 
 DOCUMENT = HERE.parent / "docs" / "quality.md"
-TRAIN, SEARCH = "python -m benchmarks.quality.train", "python -m benchmarks.quality.levers"
+TRAIN, SEARCH = "python -m benchmarks.quality.train", "python -m benchmarks.quality.ablations"
 
 
 def runs(reported: bool) -> list[list[Row]]:
     """Rows of one task, method, rate and number of rows: the seeds; those that were reported, or chosen from."""
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows.read("quality"):
-        if (row["reported"] is not None) == reported:
-            names = ("task", "rows", "epochs", "method", "demonstrations", "options", "learning_rate")
+        if (row["test"] is not None) == reported:
+            names = ("task", "rows", "epochs", "method", "few_shot_examples", "options", "learning_rate")
             group = tuple(str(row.get(name, 0)) for name in names)
             groups.setdefault(group, []).append(row)
     return [newest(group, lambda row: row["seed"]) for _, group in sorted(groups.items(), key=lambda item: item[0][:3])]
@@ -47,7 +47,7 @@ def what(row: Row) -> list[object]:
     method = row["method"] + (", no centers" if uncentered else "")
     base = "NF4" if row["options"]["four_bit"] else "float32"
     return [
-        row["task"], f"{row['rows']} x {row['epochs']:g}", method, base, row.get("demonstrations") or "-",
+        row["task"], f"{row['rows']} x {row['epochs']:g}", method, base, row.get("few_shot_examples") or "-",
         f"{row['learning_rate']:g}",
     ]  # fmt: skip
 
@@ -76,7 +76,7 @@ def results(images: Path) -> str:
         lines.append([
             *what(first), len(group),
             f"{first['trained_parameters'] / 1e6:.2f}", f"{mean(row['seconds'] for row in group):.0f}", held,
-            spread(row["chosen_by"] for row in group), spread(row["reported"] for row in group),
+            spread(row["validation"] for row in group), spread(row["test"] for row in group),
         ])  # fmt: skip
         if first["task"] == "gsm8k":
             _, amount, method, base, examples, _ = what(first)
@@ -86,10 +86,10 @@ def results(images: Path) -> str:
                 for points in zip(*(row["curve"] for row in group), strict=True)
             ]
             if first["method"] in memory:
-                loss = mean(row["reported"] for row in group)
+                loss = mean(row["test"] for row in group)
                 by_memory[label] = [(memory[first["method"]], loss)]
     header = [
-        *WHAT, "seeds", "trained, million", "training, s", "peak of a step, GiB", "rows to choose by", "reported",
+        *WHAT, "seeds", "trained, million", "training, s", "peak of a step, GiB", "rows to choose by", "test",
     ]  # fmt: skip
     parts = [markdown(header, lines), source([row for group in groups for row in group], groups[-1][-1]["command"])]
     axis = "held-out loss, nats per token"
@@ -104,7 +104,7 @@ def rates(images: Path) -> str:
     groups = runs(reported=False)
     if not groups:
         return not_measured(TRAIN)
-    lines = [[*what(group[0]), spread(row["chosen_by"] for row in group)] for group in groups]
+    lines = [[*what(group[0]), spread(row["validation"] for row in group)] for group in groups]
     header = [*WHAT, "rows to choose by"]
     return "\n\n".join(
         [markdown(header, lines), source([row for group in groups for row in group], groups[-1][-1]["command"])]
@@ -112,22 +112,23 @@ def rates(images: Path) -> str:
 
 
 def search(images: Path) -> str:
-    """Every lever: expected, and found."""
-    found = {row["name"]: row for row in rows.read("levers")}
+    """Every ablation: expected, and found."""
+    found = {row["name"]: row for row in rows.read("ablations")}
     if not found:
         return not_measured(SEARCH)
     lines = []
-    for lever in LEVERS:
-        row = found.get(lever.name)
+    for ablation in ABLATIONS:
+        row = found.get(ablation.name)
         if row is None:
-            lines.append([f"`{lever.name}`", lever.what, lever.predicted, "-", "-", "-", "not run"])
+            lines.append([f"`{ablation.name}`", ablation.what, ablation.predicted, "-", "-", "-", "not run"])
             continue
         lines.append([
-            f"`{lever.name}`", lever.what, lever.predicted, row["steps"], f"{row['trained_parameters'] / 1e6:.2f}",
+            f"`{ablation.name}`", ablation.what, ablation.predicted, row["steps"],
+            f"{row['trained_parameters'] / 1e6:.2f}",
             f"{row['seconds']:.0f}", f"{row['loss_at_end']:.4f}",
         ])  # fmt: skip
     start = next(iter(found.values()))["loss_at_start"]
-    header = ["lever", "what", "expected", "steps", "trained, million", "seconds", "loss"]
+    header = ["ablation", "what", "expected", "steps", "trained, million", "seconds", "loss"]
     return "\n\n".join([
         f"Held-out nats per token; the base itself: {start:.4f}.",
         markdown(header, lines), source(found.values(), list(found.values())[-1]["command"]),
@@ -140,7 +141,7 @@ def asked(images: Path) -> str:
     return targets.table(groups, peaks) if groups else not_measured(TRAIN)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"asked": asked, "results": results, "rates": rates, "levers": search}
+TABLES: dict[str, Callable[[Path], str]] = {"asked": asked, "results": results, "rates": rates, "ablations": search}
 
 
 if __name__ == "__main__":

@@ -30,13 +30,13 @@ def normalized(state: Tensor) -> Tensor:
     return F.rms_norm(state.float(), state.shape[-1:], eps=1e-5)
 
 
-def kept(task: Task, train_rows: int, choose_rows: int) -> tuple[list[Batch], list[Batch]]:
+def kept(task: Task, train_rows: int, validation_rows: int) -> tuple[list[Batch], list[Batch]]:
     """Batches to train on and to choose by, each with the base's `taps` and `normed`.
 
     Args:
         task: One whose answers are text.
         train_rows: From its first rows, in the order of the first epoch of seed 0.
-        choose_rows: From its first rows to choose by, shortest first.
+        validation_rows: From its first rows to choose by, shortest first.
 
     Returns:
         Batches of `taps` (31, batch, length, 576) and `normed` (batch, length, 576), bfloat16, and `input_ids`,
@@ -44,7 +44,7 @@ def kept(task: Task, train_rows: int, choose_rows: int) -> tuple[list[Batch], li
     """
     wanted = {
         f"states-{task.name}-train-{train_rows}": [task.batch(part) for part in task.epochs(train_rows, BATCH, 1, 0)],
-        f"states-{task.name}-choose-{choose_rows}": task.evaluated(task.choose[:choose_rows], BATCH),
+        f"states-{task.name}-choose-{validation_rows}": task.evaluated(task.choose[:validation_rows], BATCH),
     }
     found = {name: _load(name, batches) for name, batches in wanted.items()}
     missing = [name for name, batches in found.items() if batches is None]

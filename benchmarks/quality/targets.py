@@ -19,7 +19,7 @@ Seeds = list[Row]
 
 def told(seeds: Seeds) -> float:
     """Mean of what was reported."""
-    return mean(row["reported"] for row in seeds)
+    return mean(row["test"] for row in seeds)
 
 
 def seconds(seeds: Seeds) -> float:
@@ -29,13 +29,13 @@ def seconds(seeds: Seeds) -> float:
 
 def chosen(groups: list[Seeds], higher: bool = False) -> Seeds:
     """The best group on the rows to choose by."""
-    return (max if higher else min)(groups, key=lambda seeds: mean(row["chosen_by"] for row in seeds))
+    return (max if higher else min)(groups, key=lambda seeds: mean(row["validation"] for row in seeds))
 
 
 def name(seeds: Seeds) -> str:
     """How a run is written."""
     row = seeds[0]
-    examples = f", {row['demonstrations']} examples" if row.get("demonstrations") else ""
+    examples = f", {row['few_shot_examples']} examples" if row.get("few_shot_examples") else ""
     return f"{row['rows']} x {row['epochs']:g} rows{examples}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
 
 
@@ -80,7 +80,7 @@ def of_accuracy(groups: list[Seeds]) -> Iterator[list[str]]:
             best = chosen([s for s in sides if s[0]["rows"] == lora[0]["rows"]] or sides, higher=True)
             gap = 100 * (told(best) - told(lora))
             # Seeds share their rows, and do not make it smaller.
-            errors = [100 * sqrt(told(group) * (1 - told(group)) / group[0]["report_rows"]) for group in (lora, best)]
+            errors = [100 * sqrt(told(group) * (1 - told(group)) / group[0]["test_rows"]) for group in (lora, best)]
             verdict = "met" if gap >= -1 else "**missed**"
             if 100 * told(lora) < 50 + 2 * errors[0]:
                 verdict = "open, as LoRA learned nothing"

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtuning_peft import add_demonstrations
+from qtuning_peft import add_few_shot_examples
 from qtuning_peft.demo.gsm8k import RightPadding, encode, prompt_of
 
 MAX_LENGTH = 512
@@ -44,7 +44,7 @@ class Task:
         labels: Number of classes; none where the answer is text.
         train, choose, report: Rows with `input_ids` and `labels`; of a class, `labels` is one integer.
         padding: Token id that fills a batch.
-        demonstrations: Tokens of the worked examples that every row begins with, the system prompt aside.
+        few_shot_examples: Tokens of the worked examples that every row begins with, the system prompt aside.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Task:
     choose: list[Encoded]
     report: list[Encoded]
     padding: int
-    demonstrations: int = 0
+    few_shot_examples: int = 0
 
     def batch(self, rows: list[Encoded]) -> Batch:
         """`input_ids`, `attention_mask` (batch, length) and `labels`, of that shape or (batch,), int64."""
@@ -95,14 +95,14 @@ class Texts:
     labels: int | None = None
 
 
-def load(name: str, tokenizer: Any, folder: Path | None, demonstrations: int = 0) -> Task:
+def load(name: str, tokenizer: Any, folder: Path | None, few_shot_examples: int = 0) -> Task:
     """The task called `name`.
 
     Args:
         name: Its name.
         tokenizer: A chat model's.
         folder: Where its files are.
-        demonstrations: Worked examples before every row: the last of those to train on, which short runs do not reach.
+        few_shot_examples: Examples before every row: the last of the training rows, which short runs do not reach.
 
     Raises:
         ValueError: when there is none, or its files are not in `folder`.
@@ -110,10 +110,10 @@ def load(name: str, tokenizer: Any, folder: Path | None, demonstrations: int = 0
     if name not in TASKS:
         raise ValueError(f"task is {name}; choose one of {', '.join(TASKS)}.")
     texts, shown = TASKS[name](folder), copy(tokenizer)
-    if demonstrations:
-        examples = texts.train[-demonstrations:]
+    if few_shot_examples:
+        examples = texts.train[-few_shot_examples:]
         turns = [(role, row[key]) for row in examples for role, key in (("user", "question"), ("assistant", "answer"))]
-        add_demonstrations(shown, [{"role": role, "content": content} for role, content in turns])
+        add_few_shot_examples(shown, [{"role": role, "content": content} for role, content in turns])
     before = len(_prompt(shown, "")) - len(_prompt(tokenizer, ""))
 
     def encoded(row: dict[str, Any]) -> Encoded:
@@ -123,7 +123,7 @@ def load(name: str, tokenizer: Any, folder: Path | None, demonstrations: int = 0
         return {"input_ids": prompt[:before] + prompt[before:][-MAX_LENGTH:], "labels": row["label"]}
 
     parts = [[encoded(row) for row in part] for part in (texts.train, texts.choose, texts.report)]
-    return Task(name, texts.labels, *parts, padding=tokenizer.pad_token_id, demonstrations=before)
+    return Task(name, texts.labels, *parts, padding=tokenizer.pad_token_id, few_shot_examples=before)
 
 
 def _prompt(tokenizer: Any, question: str) -> list[int]:

@@ -2,10 +2,10 @@
 
     python -m benchmarks.quality.train --task gsm8k --data FOLDER --methods side=2e-3 lora=5e-4 --rows 400
 
-SmolLM2-135M-Instruct. Methods take their steps in turn. A method may carry a configuration of its own, as in
-`side(r=4,downsample=linear)=2e-3`, a base in float32, as in `side(four_bit=False)`, and worked examples before every
-row, as in `side(demonstrations=4)`. Rows go to `results/quality.jsonl`, each with its whole curve. A run whose row is
-there already is not repeated, so that a stopped command goes on when it is given again.
+SmolLM2-135M-Instruct. Methods take their steps in turn. A method may have its own configuration, as in
+`side(reduction_factor=4,downsample=linear)=2e-3`, a base in float32, as in `side(four_bit=False)`, and few-shot
+examples before every row, as in `side(few_shot_examples=4)`. Rows go to `results/quality.jsonl`, each with its whole
+curve. A run whose row is there already is not repeated, so that a stopped command resumes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Entrant:
 
     method: methods.Method
     rate: float
-    demonstrations: int = 0
+    few_shot_examples: int = 0
 
 
 def parse(text: str) -> Entrant:
@@ -50,10 +50,10 @@ def parse(text: str) -> Entrant:
     method = methods.find(found[1])
     parts = re.split(r",(?![^\[]*\])", found[2]) if found[2] else []
     given = {name: _value(value) for name, _, value in (part.partition("=") for part in parts)}
-    demonstrations = given.pop("demonstrations", 0)
+    few_shot_examples = given.pop("few_shot_examples", 0)
     four_bit = given.pop("four_bit", method.four_bit)
     method = replace(method, four_bit=four_bit, arguments={**method.arguments, **given})
-    return Entrant(method, float(found[3] or method.learning_rate), demonstrations)
+    return Entrant(method, float(found[3] or method.learning_rate), few_shot_examples)
 
 
 def _value(text: str) -> Any:
@@ -65,7 +65,7 @@ def _value(text: str) -> Any:
 
 def key(row: rows.Row) -> str:
     """What identifies a run, beside the machine."""
-    names = ("task", "method", "options", "learning_rate", "demonstrations", "seed", "rows", "epochs", "batch")
+    names = ("task", "method", "options", "learning_rate", "few_shot_examples", "seed", "rows", "epochs", "batch")
     return json.dumps({name: row.get(name, 0) for name in names}, sort_keys=True)
 
 
@@ -79,18 +79,18 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=1, help="how often they are read (1)")
     parser.add_argument("--batch", type=positive, default=8, help="rows in a step (8)")
     parser.add_argument("--evaluate-every", type=positive, metavar="STEPS", help="steps between (only at the end)")
-    parser.add_argument("--choose-rows", type=positive, default=100, help="held-out rows of an evaluation (100)")
+    parser.add_argument("--validation-rows", type=positive, default=100, help="held-out rows of an evaluation (100)")
     parser.add_argument("--report", type=positive, metavar="ROWS", help="so many of those reported, at the end")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of data order and new weights (0)")
     arguments = parser.parse_args()
     try:
         wanted = [parse(text) for text in arguments.methods]
         tokenizer = smollm2_tokenizer()
-        numbers = {entrant.demonstrations for entrant in wanted}
+        numbers = {entrant.few_shot_examples for entrant in wanted}
         tasks = {number: load(arguments.task, tokenizer, arguments.data, number) for number in numbers}
         available = len(tasks[max(numbers)].choose)
-        if arguments.choose_rows > available:
-            raise ValueError(f"choose-rows is {arguments.choose_rows}; {arguments.task} has {available} of them.")
+        if arguments.validation_rows > available:
+            raise ValueError(f"choose-rows is {arguments.validation_rows}; {arguments.task} has {available} of them.")
     except ValueError as error:
         parser.error(str(error))
 
@@ -109,18 +109,19 @@ def train(tasks: dict[int, Task], wanted: list[Entrant], seed: int, arguments: a
         {
             "task": arguments.task, "model": "SmolLM2-135M-Instruct", "method": entrant.method.name,
             "options": entrant.method.options(), "learning_rate": entrant.rate,
-            "demonstrations": entrant.demonstrations, "seed": seed, "rows": arguments.rows, "epochs": arguments.epochs,
-            "batch": arguments.batch, "steps": steps, "choose_rows": arguments.choose_rows,
-            "report_rows": arguments.report,
+            "few_shot_examples": entrant.few_shot_examples, "seed": seed, "rows": arguments.rows,
+            "epochs": arguments.epochs,
+            "batch": arguments.batch, "steps": steps, "validation_rows": arguments.validation_rows,
+            "test_rows": arguments.report,
         }
         for entrant in wanted
     ]  # fmt: skip
-    done = {key(row) for row in rows.read(NAME) if row["reported"] is not None or not arguments.report}
+    done = {key(row) for row in rows.read(NAME) if row["test"] is not None or not arguments.report}
     left = [(run, entrant) for run, entrant in zip(runs, wanted, strict=True) if key(run) not in done]
     if not left:
         return
     learners = [
-        (run, Learner(entrant.method, tasks[entrant.demonstrations], entrant.rate, steps, seed, arguments.epochs))
+        (run, Learner(entrant.method, tasks[entrant.few_shot_examples], entrant.rate, steps, seed, arguments.epochs))
         for run, entrant in left
     ]
     source = rows.provenance()
@@ -129,13 +130,13 @@ def train(tasks: dict[int, Task], wanted: list[Entrant], seed: int, arguments: a
     def evaluate() -> None:
         for curve, (run, learner) in zip(curves, learners, strict=True):
             task = learner.task
-            value = learner.measure(task.evaluated(task.choose[: arguments.choose_rows], arguments.batch))
+            value = learner.measure(task.evaluated(task.choose[: arguments.validation_rows], arguments.batch))
             curve.append([learner.step_number, learner.tokens, round(learner.clock, 3), round(value, 5)])
             tqdm.write(f"{run['method']} {run['learning_rate']:g} seed {seed}: step {curve[-1]}")
 
     for step in tqdm(range(steps), f"{arguments.task}, seed {seed}", unit="step"):
         for run, learner in learners:
-            learner.step(learner.task.batch(batches[run["demonstrations"]][step]))
+            learner.step(learner.task.batch(batches[run["few_shot_examples"]][step]))
         if arguments.evaluate_every and (step + 1) % arguments.evaluate_every == 0 and step + 1 < steps:
             evaluate()
     evaluate()
@@ -149,7 +150,7 @@ def train(tasks: dict[int, Task], wanted: list[Entrant], seed: int, arguments: a
             NAME,
             {
                 **run, "trained_parameters": trained, "tokens": learner.tokens, "seconds": learner.clock,
-                "curve": curve, "chosen_by": curve[-1][-1], "reported": report, **source,
+                "curve": curve, "validation": curve[-1][-1], "test": report, **source,
             },
         )  # fmt: skip
 

@@ -80,13 +80,13 @@ class QTuningPlugin(BasePlugin):
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         """Run the base as little as the block `qst` allows, and prune every batch, if asked to."""
         from qtuning_peft.eu_plane import EUPruningCallback
-        from qtuning_peft.trainer import SharePrefixCallback
+        from qtuning_peft.trainer import PrefixCachingCallback
 
         from ..blocks import EUPruningBlock, QSTTrainingBlock
 
         callbacks: list[Any] = []
         if cfg.adapter == "qst":
-            callbacks += [SharePrefixCallback(), *QSTTrainingBlock(**(cfg.qst or {})).callbacks()]
+            callbacks += [PrefixCachingCallback(), *QSTTrainingBlock(**(cfg.qst or {})).callbacks()]
         if cfg.eu_pruning and cfg.eu_pruning.mode == "dynamic":
             block = EUPruningBlock(**cfg.eu_pruning)
             callbacks.append(EUPruningCallback(block.pruner(trainer.processing_class), block.tokens_per_batch))
@@ -97,11 +97,11 @@ class QTuningPlugin(BasePlugin):
         logged = self._prune(cfg, trainer) if cfg.eu_pruning and cfg.eu_pruning.mode != "dynamic" else None
         if cfg.adapter != "qst":
             return
-        from ..facts import TrainingFactsCallback, datasets_on_the_hub
+        from ..metadata import TrainingMetadataCallback, datasets_on_the_hub
 
         held_out = datasets_on_the_hub(cfg, "test_datasets")
         trainer.add_callback(
-            TrainingFactsCallback(
+            TrainingMetadataCallback(
                 trainer.model, cfg, logged, datasets_on_the_hub(cfg, "datasets"),
                 (held_out[0] if len(held_out) == 1 else None, None),
             )

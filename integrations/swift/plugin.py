@@ -49,7 +49,7 @@ class QSTTuner(PeftTuner):
         if "qst" not in args.model_kwargs:
             raise ValueError(
                 f"model_kwargs has the keys {', '.join(args.model_kwargs) or 'none'}, but tuner_type is 'qst'; add "
-                "qst, such as qst: {r: 8}, or qst: {} for the defaults."
+                "qst, such as qst: {reduction_factor: 8}, or qst: {} for the defaults."
             )
         if "eu_pruning" in args.model_kwargs and "eu_pruning" not in args.callbacks:
             raise ValueError(f"model_kwargs has eu_pruning, but callbacks is {args.callbacks}; add eu_pruning to it.")

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
 from .. import recipes  # type: ignore[attr-defined]  # in another folder until installed
-from ..loss import IGNORE_INDEX, supervised_loss
+from ..loss import IGNORE_INDEX, chunked_cross_entropy
 from .gsm8k import RightPadding, encode, prompt_of, read_rows
 
 BATCH_SIZE = 8
@@ -75,7 +75,7 @@ def score(model: nn.Module, tokenizer: Any, recipe: dict[str, Any], description:
     total, tokens = 0.0, 0
     for start in track(range(0, len(encoded), BATCH_SIZE), description=description, console=Console(stderr=True)):
         batch = {key: value.to(device) for key, value in collate(encoded[start : start + BATCH_SIZE]).items()}
-        total += supervised_loss(model, **batch, num_items=1).item()
+        total += chunked_cross_entropy(model, **batch, num_items=1).item()
         tokens += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
     loss = total / tokens
 

@@ -23,7 +23,7 @@ from ..atomic import replacing
 from ..eu_plane import EUPruner, Pruned
 from ..eu_plane import score as score_data
 from ..eu_plane.report import write_report
-from ..training_facts import TrainingFacts, machine, peak_memory
+from ..hub.metadata import TrainingMetadata, machine, peak_memory
 from .evaluate import Score, load_base, quiet, score
 from .gsm8k import RightPadding, read_rows
 from .smollm2 import prepare_checkpoint
@@ -95,7 +95,7 @@ def run_demo(output_dir: Path, seed: int | None = None) -> DemoResult:
     model: Any = get_peft_model(base, SideTuningConfig(task_type="CAUSAL_LM", **recipe["qst"]))
     train_seconds = _train(model, tokenizer, scored.map(pruner, batched=True), recipe, seed, output_dir)
     memory = peak_memory()
-    model.training_facts = TrainingFacts(
+    model.training_metadata = TrainingMetadata(
         recipe=yaml.safe_dump(recipe, sort_keys=False), pruning=str(pruner.pruned), datasets=("openai/gsm8k",),
         language=("en",), seconds=train_seconds, peak_memory=memory, machine=machine(),
     )  # fmt: skip

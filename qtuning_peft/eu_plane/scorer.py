@@ -19,7 +19,7 @@ from torch import nn
 from ..head import causal_model
 from ..loss import IGNORE_INDEX
 from .batching import Piece, mean, run
-from .identity import fingerprint
+from .fingerprint import fingerprint
 from .repetition import repetition
 from .rows import RowEncoder
 from .tokenized import EncodedRow, RowError, untouched

@@ -34,9 +34,9 @@ class SideTuningConfig(PeftConfig):
     """Configuration of [`SideTuningModel`], Quantized Side Tuning.
 
     Args:
-        r (`int`):
-            Reduction factor: the side network is the base's hidden size divided by `r` wide. It must divide the
-            hidden size. Smaller learns more and costs more.
+        reduction_factor (`int`):
+            The side network is the base's hidden size divided by `reduction_factor` wide. It must divide the hidden
+            size. A divisor, not a rank: smaller learns more and costs more.
         downsample (`str`):
             How a hidden state of the base enters the side network: `"linear"` (d to d/r), `"lora"` (d to
             `downsample_rank` to d/r), `"adapter"` (the same with a SiLU in between), `"projection"` (as `"lora"`, its
@@ -90,11 +90,9 @@ class SideTuningConfig(PeftConfig):
         ValueError: when a value is out of its range or contradicts another, naming the field.
     """
 
-    r: int = field(
+    reduction_factor: int = field(
         default=4,
-        metadata={
-            "help": "Reduction factor: the side network is hidden_size / r wide. It must divide the hidden size."
-        },
+        metadata={"help": "The side network is hidden_size / reduction_factor wide. A divisor: smaller learns more."},
     )
     downsample: str = field(
         default="linear",
@@ -186,7 +184,7 @@ class SideTuningConfig(PeftConfig):
         if not isinstance(self.target_modules, str):
             check_names("target_modules", self.target_modules)
         check_names("modules_to_save", self.modules_to_save)
-        self._check_integer("r", minimum=2)
+        self._check_integer("reduction_factor", minimum=2)
         self._check_integer("downsample_rank", minimum=1)
         self._check_integer("tap_every", minimum=1)
         for name in ("num_side_heads", "base_hidden_size", "base_num_layers"):
@@ -234,7 +232,7 @@ class SideTuningConfig(PeftConfig):
         Args:
             **options: Fields that differ.
         """
-        published = {"r": 16, "downsample": "adapter", "downsample_norm": False, "mixing": "paper"}
+        published = {"reduction_factor": 16, "downsample": "adapter", "downsample_norm": False, "mixing": "paper"}
         return cls(**{**published, "center_taps": False, "side_attention": True, "tap_every": 1, **options})
 
     @classmethod

@@ -145,7 +145,7 @@ def _adapter_config(given: dict[Key, Tensor], config: PretrainedConfig) -> SideT
     if config.model_type == "llama":
         _check_positions(config)
     return SideTuningConfig.reference(
-        r=hidden_size // width,
+        reduction_factor=hidden_size // width,
         downsample_rank=first.shape[0],
         downsample_norm=any(key.endswith(".post_layer_norm.weight") for _, key in given),
         num_side_heads=int(config.num_attention_heads),

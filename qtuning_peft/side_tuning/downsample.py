@@ -62,9 +62,9 @@ def make_downsample(config: SideTuningConfig, hidden_size: int) -> nn.Module:
     Returns:
         A module from (..., d) to (..., d / r).
     """
-    width = hidden_size // config.r
+    width = hidden_size // config.reduction_factor
     if config.downsample in ("maxpool", "avgpool"):
-        return Pool(config.r, config.downsample)
+        return Pool(config.reduction_factor, config.downsample)
     if config.downsample == "linear":
         return nn.Linear(hidden_size, width, bias=False, dtype=torch.float32)
     rank = config.downsample_rank

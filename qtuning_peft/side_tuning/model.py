@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .._register import PREFIX
 from ..head import is_causal
-from ..loss import supervised_loss
+from ..loss import chunked_cross_entropy
 from .adapter_files import check_adapter, without_adapter_name
 from .base_states import side_tuning_layer
 from .config import SideTuningConfig
@@ -66,18 +66,18 @@ class SideTuningModel(BaseTuner):
             self.peft_config.pop(adapter_name, None)
             raise
 
-    def forward(self, *args: Any, loss_in_pieces: bool = False, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, chunked_loss: bool = False, **kwargs: Any) -> Any:
         """The model's own forward.
 
         Args:
             *args, **kwargs: Of the model's forward.
-            loss_in_pieces: Where there are `labels`, return their loss (see `loss`) without logits.
+            chunked_loss: Where there are `labels`, return their loss (see `loss`) without logits.
         """
         given = {name: value for name, value in kwargs.items() if value is not None}
-        if not loss_in_pieces or not {"input_ids", "labels"} <= given.keys() or not is_causal(self.model):
+        if not chunked_loss or not {"input_ids", "labels"} <= given.keys() or not is_causal(self.model):
             with self._reading(given):
                 return super().forward(*args, **kwargs)
-        loss = supervised_loss(
+        loss = chunked_cross_entropy(
             self.model,
             num_items=given.pop("num_items_in_batch", None),
             **{name: value for name, value in given.items() if name not in NOT_THE_DECODERS},

@@ -82,7 +82,9 @@ class SideNetwork(nn.Module):
         self.embedding_tap = Tap(config, spec, width)
         self.taps = nn.ModuleList(Tap(config, spec, width) for _ in self.layers)
         self.gates = nn.ModuleList(InputGate(config.mixing, width) for _ in self.layers)
-        self.blocks = nn.ModuleList(SideBlock(spec, width, config.r, heads, config.side_dropout) for _ in self.layers)
+        self.blocks = nn.ModuleList(
+            SideBlock(spec, width, config.reduction_factor, heads, config.side_dropout) for _ in self.layers
+        )
         self.norm = make_norm(spec, width)
         self.mix = OutputMix(config.mixing, width, spec.hidden_size, swapped=self._swapped(config, spec))
 
@@ -249,12 +251,13 @@ def side_width(config: SideTuningConfig, spec: DecoderSpec) -> int:
         ValueError: when `r` does not divide the hidden size, or leaves an odd width to attention with rotary positions.
     """
     usable = [r for r in range(2, spec.hidden_size // 8 + 1) if _fits(config, spec, r)]
-    if config.r not in usable:
+    if config.reduction_factor not in usable:
         raise ValueError(
-            f"r is {config.r}, which leaves no usable side width of a hidden size of {spec.hidden_size}; "
+            f"reduction_factor is {config.reduction_factor}, which leaves no usable side width of a "
+            f"hidden size of {spec.hidden_size}; "
             f"choose one of {', '.join(map(str, usable))}."
         )
-    return spec.hidden_size // config.r
+    return spec.hidden_size // config.reduction_factor
 
 
 def _fits(config: SideTuningConfig, spec: DecoderSpec, r: int) -> bool:

@@ -21,7 +21,7 @@ pytest.importorskip("axolotl.cli", reason="axolotl is not installed; run scripts
 
 PLUGIN = "qtuning_peft.integrations.axolotl.QTuningPlugin"
 FINDS_PLUGINS = Version(version("axolotl")) >= Version("0.21")
-QST = {"adapter": "qst", "qst": {"r": 4}}
+QST = {"adapter": "qst", "qst": {"reduction_factor": 4}}
 LORA = {
     "adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, "lora_mlp_kernel": False,
     "lora_qkv_kernel": False, "lora_o_kernel": False, "lora_embedding_kernel": False,
@@ -95,7 +95,7 @@ def loss_outside(folder: Path, adapter: Path) -> float:
 
 def test_preprocess_train_resume_evaluate_and_inference(folder: Path) -> None:
     pruning = {"sample_ratio": 0.5, "token_ratio": 0.7}
-    qst = {"r": 4, "keep_states_gib": 1}
+    qst = {"reduction_factor": 4, "hidden_state_cache_gib": 1}
     file = config(folder, "qst", **QST | {"qst": qst}, eu_pruning=pruning, load_in_4bit=True)
     axolotl("preprocess", file)
     output = train(file)
@@ -181,7 +181,7 @@ def test_pruning_ahead_of_training(folder: Path) -> None:
     ("keys", "sentence"),
     [
         ({"qst": {"rank": 4}}, "qst.rank is no field"),
-        ({"qst": {"r": 1}}, "r is 1; give an integer of at least 2"),
+        ({"qst": {"reduction_factor": 1}}, "reduction_factor is 1; give an integer of at least 2"),
         ({"adapter": "lora", "lora_r": 8}, "adapter is 'lora' beside the block qst"),
         ({"lora_r": 8}, "lora_r is 8, but adapter is 'qst'"),
         ({"lora_target_linear": True}, "lora_target_linear is True, but adapter is 'qst'"),

@@ -147,7 +147,7 @@ def test_a_side_network_in_engine_v1(base: Path, tmp_path: Path) -> None:
     # A fresh side network is the base; and what is saved is what was trained.
     assert losses[0] == pytest.approx(mean_loss(model, data), abs=2e-3)
     trained = PeftModel.from_pretrained(model, tmp_path / "out")
-    assert trained.peft_config["default"].r == 8
+    assert trained.peft_config["default"].reduction_factor == 8
     assert mean_loss(trained, data) < min(losses) < losses[0] - 0.1
 
 

@@ -46,7 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quantized.save_pretrained(folder / "base-4bit")
     tokenizer.save_pretrained(folder / "base-4bit")
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(folder / "base"), SideTuningConfig(r=4, task_type="CAUSAL_LM")
+        AutoModelForCausalLM.from_pretrained(folder / "base"),
+        SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"),
     )
     documents = [
         {"question": row["question"], "choices": CHOICES, "target": index % 2} for index, row in enumerate(rows(20))

@@ -32,7 +32,7 @@ RECIPE: dict[str, Any] = {
     "model": "model", "model_type": "llama", "template": "chatml", "use_hf": True, "check_model": False,
     "torch_dtype": "float32", "dataset": ["chat/train.jsonl"], "val_dataset": ["chat/test.jsonl"], "max_length": 128,
     "tuner_type": "qst", "callbacks": ["eu_pruning"], "seed": 0,
-    "model_kwargs": {"qst": {"r": 8}, "eu_pruning": {"sample_ratio": 0.5, "token_ratio": 0.7}},
+    "model_kwargs": {"qst": {"reduction_factor": 8}, "eu_pruning": {"sample_ratio": 0.5, "token_ratio": 0.7}},
     "max_steps": 4, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 16,
     "gradient_accumulation_steps": 1, "learning_rate": 5e-2, "warmup_ratio": 0, "logging_steps": 1,
     "save_steps": 2, "eval_steps": 2, "dataloader_num_workers": 0, "add_version": False, "report_to": ["none"],
@@ -161,7 +161,7 @@ def test_the_same_file_trains_lora(folder: Path) -> None:
 
 
 def test_every_batch_is_pruned(folder: Path) -> None:
-    blocks = {"qst": {"r": 8}, "eu_pruning": {"mode": "dynamic", "sample_ratio": 0.5}}
+    blocks = {"qst": {"reduction_factor": 8}, "eu_pruning": {"mode": "dynamic", "sample_ratio": 0.5}}
     sft(folder, "dynamic", model_kwargs=blocks, gradient_accumulation_steps=2, gradient_checkpointing=False)
     assert logged(folder / "dynamic" / "checkpoint-4", "kept_samples") == [0.5] * 4
 
@@ -202,7 +202,7 @@ def test_the_recipe_for_a_cpu_runs(folder: Path) -> None:
     [
         ({"model_kwargs": {"qts": {"r": 8}}}, "model_kwargs has the keys qts, but tuner_type is 'qst'; add qst"),
         ({"model_kwargs": {"qst": {"rank": 8}}}, "model_kwargs.qst.rank is no field; choose from r, "),
-        ({"model_kwargs": {"qst": {"r": 0}}}, "r is 0; give an integer of at least 2"),
+        ({"model_kwargs": {"qst": {"reduction_factor": 0}}}, "reduction_factor is 0; give an integer of at least 2"),
         ({"model_kwargs": {"qst": {}, "eu_pruning": {}}}, "has eu_pruning, but callbacks is ..; add eu_pruning to it"),
         ({"model_kwargs": {"qst": {}}, "task_type": "embedding"}, "task_type is 'embedding'; choose from causal_lm"),
     ],

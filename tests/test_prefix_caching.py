@@ -13,9 +13,9 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
-from qtuning_peft import SharePrefixCallback, SideTuningConfig, SideTuningTrainer, add_demonstrations
+from qtuning_peft import PrefixCachingCallback, SideTuningConfig, SideTuningTrainer, add_few_shot_examples
 from qtuning_peft.demo.gsm8k import RightPadding
-from qtuning_peft.loss import supervised_loss
+from qtuning_peft.loss import chunked_cross_entropy
 from qtuning_peft.side_tuning.base_states import side_tuning_layer
 from qtuning_peft.side_tuning.decoder import find_decoder
 from qtuning_peft.side_tuning.shared_prefix import common_prefix, depends_on_length
@@ -25,7 +25,9 @@ TEMPLATE = "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% 
 
 
 def side_tuned(family: str = "llama", **fields: Any) -> Any:
-    model = get_peft_model(tiny(family), SideTuningConfig(r=4, tap_every=1, task_type="CAUSAL_LM", **fields)).train()
+    model = get_peft_model(
+        tiny(family), SideTuningConfig(reduction_factor=4, tap_every=1, task_type="CAUSAL_LM", **fields)
+    ).train()
     randomize_side_network(model)
     return model
 
@@ -50,7 +52,7 @@ def batch(prefix: int = PREFIX) -> dict[str, torch.Tensor]:
 
 def loss_and_gradients(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
-    loss = supervised_loss(model, **inputs)
+    loss = chunked_cross_entropy(model, **inputs)
     loss.backward()
     return loss.item(), {
         name: parameter.grad.clone() for name, parameter in side_parameters(model).items() if parameter.grad is not None
@@ -171,7 +173,7 @@ def test_a_classifier_reads_the_last_token_of_whole_rows() -> None:
     """Logits of a classification head, whose padding is counted in whole rows."""
     torch.manual_seed(0)
     base = AutoModelForSequenceClassification.from_config(config_of("llama", num_labels=2))
-    model: Any = get_peft_model(base, SideTuningConfig(r=4, task_type="SEQ_CLS")).train()
+    model: Any = get_peft_model(base, SideTuningConfig(reduction_factor=4, task_type="SEQ_CLS")).train()
     randomize_side_network(model)
     inputs = {name: value for name, value in batch().items() if name != "labels"}
     expected = model(**inputs).logits
@@ -231,7 +233,7 @@ def test_the_trainer_shares_what_its_rows_begin_with(tmp_path: Any) -> None:
             data_collator=RightPadding(0),
         )  # fmt: skip
         if not shared:
-            trainer.remove_callback(SharePrefixCallback)
+            trainer.remove_callback(PrefixCachingCallback)
         lengths = passed_lengths(model)
         trainer.train()
         assert lengths == ([PREFIX, 12, 12] if shared else [32, 32])
@@ -241,14 +243,14 @@ def test_the_trainer_shares_what_its_rows_begin_with(tmp_path: Any) -> None:
         torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-4)
 
 
-# -- demonstrations ----------------------------------------------------------------------------------------------------
+# -- few-shot examples ---------------------------------------------------------------------------------------------
 
 
 def turns(*contents: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(contents)]
 
 
-def test_demonstrations_come_behind_the_system_prompt() -> None:
+def test_few_shot_examples_come_behind_the_system_prompt() -> None:
     """In whatever is rendered, whatever characters they have; also from a saved tokenizer."""
     tokenizer = word_tokenizer()
     tokenizer.chat_template = "\n" + TEMPLATE
@@ -259,7 +261,7 @@ def test_demonstrations_come_behind_the_system_prompt() -> None:
         tokenizer.apply_chat_template(messages, tokenize=False)
         for messages in (shown + question, system + shown + question)
     ]
-    add_demonstrations(tokenizer, shown)
+    add_few_shot_examples(tokenizer, shown)
     assert tokenizer.apply_chat_template(question, tokenize=False) == expected[0]
     assert tokenizer.apply_chat_template(system + question, tokenize=False) == expected[1]
 
@@ -274,25 +276,25 @@ def test_demonstrations_come_behind_the_system_prompt() -> None:
         (turns("a", "b"), None, "chat_template is unset"),
     ],
 )
-def test_demonstrations_that_are_none(messages: Any, template: str | None, sentence: str) -> None:
+def test_few_shot_examples_that_are_none(messages: Any, template: str | None, sentence: str) -> None:
     """One sentence, and the template is as it was."""
     tokenizer = word_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match=sentence):
-        add_demonstrations(tokenizer, messages)
+        add_few_shot_examples(tokenizer, messages)
     assert tokenizer.chat_template == template
 
 
-def test_demonstrations_twice_are_refused() -> None:
+def test_few_shot_examples_twice_are_refused() -> None:
     """They would be rendered twice."""
     tokenizer = word_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    add_demonstrations(tokenizer, turns("a", "b"))
-    with pytest.raises(ValueError, match="has demonstrations already"):
-        add_demonstrations(tokenizer, turns("c", "d"))
+    add_few_shot_examples(tokenizer, turns("a", "b"))
+    with pytest.raises(ValueError, match="has few-shot examples already"):
+        add_few_shot_examples(tokenizer, turns("c", "d"))
 
 
-def test_trl_renders_demonstrations_and_computes_them_once(tmp_path: Any) -> None:
+def test_trl_renders_few_shot_examples_and_computes_them_once(tmp_path: Any) -> None:
     """`SFTTrainer` on prompts and completions: the examples are in every row, and not supervised."""
     trl = pytest.importorskip("trl", reason="needs TRL: pip install trl")
     tokenizer = word_tokenizer()
@@ -300,7 +302,7 @@ def test_trl_renders_demonstrations_and_computes_them_once(tmp_path: Any) -> Non
         "{% for m in messages %}{{ ('w1 ' if m['role'] == 'user' else 'w2 ') + m['content'] + ' ' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'w2 ' }}{% endif %}"
     )
-    add_demonstrations(tokenizer, turns("w5 w6 w7", "w8 w9 w8 w9", "w6 w6 w7", "w9 w9 w8 w8"))
+    add_few_shot_examples(tokenizer, turns("w5 w6 w7", "w8 w9 w8 w9", "w6 w6 w7", "w9 w9 w8 w8"))
     rows = [
         {"prompt": turns(f"w{20 + index} w4"), "completion": turns("", f"w{30 + index} w3 w3")[1:]}
         for index in range(4)
@@ -314,7 +316,7 @@ def test_trl_renders_demonstrations_and_computes_them_once(tmp_path: Any) -> Non
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        callbacks=[SharePrefixCallback()],
+        callbacks=[PrefixCachingCallback()],
     )  # fmt: skip
     lengths = passed_lengths(model)
     trainer.train()

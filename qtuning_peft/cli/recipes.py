@@ -9,9 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qtuning_peft.eu_plane.commands import one_sentence
-
-from . import names, path, summary
+from ..recipes import names, path, summary
+from .data import one_sentence
 
 app = typer.Typer(
     name="recipes", help="YAML files with every setting of a run: list, show or copy them.", no_args_is_help=True

@@ -17,8 +17,8 @@ from huggingface_hub import EvalResult
 from peft import PeftModel
 from transformers import TrainerCallback
 
+from qtuning_peft.hub.metadata import TrainingMetadata, is_hub_name, machine, peak_memory
 from qtuning_peft.side_tuning import SideTuningConfig
-from qtuning_peft.training_facts import TrainingFacts, is_hub_name, machine, peak_memory
 
 from .blocks import EUPruningBlock, QSTTrainingBlock
 
@@ -81,8 +81,8 @@ def datasets_on_the_hub(recipe: Mapping[str, Any], *keys: str) -> tuple[str, ...
     )
 
 
-class TrainingFactsCallback(TrainerCallback):
-    """Keeps `model.training_facts`, which the model's card is written from, at what the trainer has logged.
+class TrainingMetadataCallback(TrainerCallback):
+    """Keeps `model.training_metadata`, which the model's card is written from, at what the trainer has logged.
 
     Args:
         model: Whose card it is.
@@ -121,7 +121,7 @@ class TrainingFactsCallback(TrainerCallback):
         # What is saved then is that step's.
         best = state.best_global_step if args.load_best_model_at_end and "train_runtime" in last else None
         evaluations = [entry for entry in history if "eval_loss" in entry and best in (None, entry["step"])]
-        self.model.training_facts = TrainingFacts(
+        self.model.training_metadata = TrainingMetadata(
             recipe=self.recipe,
             pruning=_pruned_in_batches(history) or self.pruning,
             results=tuple(self._result(entry, state.global_step) for entry in evaluations[-1:]),

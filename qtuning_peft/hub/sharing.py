@@ -20,10 +20,10 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from .atomic import replacing
-from .model_card import complete, load_card
-from .side_tuning import SideTuningConfig
-from .training_facts import TrainingFacts, cells_of, is_hub_name, read_section
+from ..atomic import replacing
+from ..side_tuning import SideTuningConfig
+from .card import complete, load_card
+from .metadata import TrainingMetadata, cells_of, is_hub_name, read_section
 
 SHARED = (
     "README.md", CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "chat_template.jinja", "special_tokens_map.json",
@@ -46,7 +46,7 @@ def push(
     private: bool = False,
     revision: str | None = None,
     message: str = "",
-    facts: TrainingFacts | None = None,
+    facts: TrainingMetadata | None = None,
 ) -> str:
     """Upload an adapter.
 
@@ -147,7 +147,7 @@ def describe(adapter: str, revision: str | None = None) -> Iterator[tuple[str, s
         folder = Path(snapshot_download(adapter, revision=revision, allow_patterns=list(SHARED)))
     yield "base model", f"{config.base_model_name_or_path}" + (f" at {config.revision}" if config.revision else "")
     yield "shape of the base", f"{config.base_num_layers} blocks, hidden size {config.base_hidden_size}"
-    settings = ["r", "downsample", "mixing", "side_attention", "num_side_heads", "task_type"]
+    settings = ["reduction_factor", "downsample", "mixing", "side_attention", "num_side_heads", "task_type"]
     settings.insert(3, "tap_every" if config.layers_to_transform is None else "layers_to_transform")
     yield "settings", ", ".join(f"{name} {getattr(config, name)}" for name in settings if getattr(config, name))
     file = folder / SAFETENSORS_WEIGHTS_NAME

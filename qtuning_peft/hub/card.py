@@ -2,7 +2,7 @@
 
 PEFT writes a card whenever an adapter is saved. Ours adds two sections to it, each between marks of its own; whatever
 else stands in the card is its author's and stays. How the adapter was trained is known to whoever trains it, who says
-so in `model.training_facts`; in a card it stays when that is written again by someone who does not know.
+so in `model.training_metadata`; in a card it stays when that is written again by someone who does not know.
 
 Pushing needs a word more: transformers makes a card of its own before PEFT saves, and puts it in the place of PEFT's
 afterwards.
@@ -20,10 +20,10 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 
-from . import training_facts
-from .atomic import replacing
-from .side_tuning import SideTuningConfig
-from .training_facts import TrainingFacts, is_hub_name
+from ..atomic import replacing
+from ..side_tuning import SideTuningConfig
+from . import metadata
+from .metadata import TrainingMetadata, is_hub_name
 
 BEGIN, END = "<!-- qtuning-peft -->", "<!-- end of qtuning-peft -->"
 TAGS = ("qst", "side-tuning", "qtuning-peft")
@@ -71,7 +71,7 @@ def complete(
     config: SideTuningConfig,
     tags: Iterable[str] = (),
     adapter: str = "ADAPTER",
-    facts: TrainingFacts | None = None,
+    facts: TrainingMetadata | None = None,
 ) -> None:
     """Add to a model card what a reader of this adapter needs; running it again changes nothing.
 
@@ -102,7 +102,7 @@ def complete(
     # First of all in a new card; later wherever its author has moved it.
     text = before + section + after if former else f"\n{section}\n\n{before.lstrip()}"
     if facts is not None:
-        before, former, after = _parts(text, training_facts.BEGIN, training_facts.END)
+        before, former, after = _parts(text, metadata.BEGIN, metadata.END)
         told = facts.section()
         _describe_training(card.data, facts, former if told else "")
         if told and former:
@@ -157,7 +157,7 @@ def _describe(data: Any, base: str | None, task: str, tags: set[str]) -> None:
         data.pipeline_tag = PIPELINES[task]
 
 
-def _describe_training(data: Any, facts: TrainingFacts, former: str) -> None:
+def _describe_training(data: Any, facts: TrainingMetadata, former: str) -> None:
     """Put the metadata among `facts` in the place of those that the section `former` was written with."""
     datasets = [name for name in _listed(data.datasets) if f"`{name}`" not in former]
     data.datasets = list(dict.fromkeys([*datasets, *facts.datasets])) or None
@@ -166,7 +166,7 @@ def _describe_training(data: Any, facts: TrainingFacts, former: str) -> None:
     results = [
         result
         for result in data.eval_results or []
-        if training_facts.row(training_facts.cells_of(result)) not in former
+        if metadata.row(metadata.cells_of(result)) not in former
         and not any(result.is_equal_except_value(new) for new in facts.results)
     ]
     data.eval_results = [*results, *facts.results] or None
@@ -188,7 +188,7 @@ def complete_cards() -> None:
         tags = _listed(load_card(readme).data.tags) if readme.is_file() else ()
         create(model, os.fspath(folder))
         if isinstance(config, SideTuningConfig):
-            complete(readme, config, tags, facts=getattr(model, "training_facts", None), **adapter)
+            complete(readme, config, tags, facts=getattr(model, "training_metadata", None), **adapter)
 
     @functools.wraps(create)
     def create_or_update_model_card(self: PeftModel, output_dir: str | os.PathLike[str]) -> None:

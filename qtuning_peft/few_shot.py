@@ -15,14 +15,14 @@ from typing import Any
 ROLES = ("user", "assistant")
 # No whitespace control at its end: the template behind it may begin with a line break of its own.
 BEFORE = (
-    "{% set qtuning_examples = DEMONSTRATIONS %}"
+    "{% set qtuning_examples = EXAMPLES %}"
     "{% set qtuning_first = 1 if messages and messages[0]['role'] in ('system', 'developer') else 0 %}"
     "{% set messages = messages[:qtuning_first] + qtuning_examples + messages[qtuning_first:] %}{{ '' }}"
 )
-MARK = BEFORE.partition("DEMONSTRATIONS")[0]
+MARK = BEFORE.partition("EXAMPLES")[0]
 
 
-def add_demonstrations(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> None:
+def add_few_shot_examples(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> None:
     """Put `messages` behind the system prompt of every conversation that `tokenizer` renders from now on.
 
     Train on the answer alone (TRL: `prompt` and `completion` columns): the examples are not to be learned by heart.
@@ -50,7 +50,7 @@ def add_demonstrations(tokenizer: Any, messages: Sequence[Mapping[str, str]]) ->
         )
     if template.startswith(MARK):
         raise ValueError(
-            "tokenizer.chat_template has demonstrations already; load the tokenizer anew to choose others."
+            "tokenizer.chat_template has few-shot examples already; load the tokenizer anew to choose others."
         )
     # Jinja reads JSON's lists, mappings and strings; characters beyond ASCII as they are, for it has no surrogates.
-    tokenizer.chat_template = BEFORE.replace("DEMONSTRATIONS", json.dumps(turns, ensure_ascii=False)) + template
+    tokenizer.chat_template = BEFORE.replace("EXAMPLES", json.dumps(turns, ensure_ascii=False)) + template

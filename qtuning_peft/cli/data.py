@@ -98,8 +98,8 @@ def score(
     instruction and output, text, or input_ids and labels.
     """
     with one_sentence():
-        from .dataset import score as score_dataset
-        from .files import check_output, read_data, write_data
+        from ..eu_plane.dataset import score as score_dataset
+        from ..eu_plane.files import check_output, read_data, write_data
 
         check_output(output)
         columns = dict(_pair(entry) for entry in column or [])
@@ -142,8 +142,8 @@ def prune(
 ) -> None:
     """Keep what teaches of scored data. Runs no model: prune again with other ratios as often as you like."""
     with one_sentence():
-        from .files import check_output, read_data, write_data
-        from .pruner import EUPruner
+        from ..eu_plane.files import check_output, read_data, write_data
+        from ..eu_plane.pruner import EUPruner
 
         check_output(output)
         pruner = EUPruner(
@@ -180,10 +180,10 @@ def plot(
     A report needs --tokenizer and a budget. A picture without a budget shows the samples alone.
     """
     with one_sentence():
-        from .files import read_data
-        from .plot import plot_plane
-        from .pruner import EUPruner
-        from .report import write_report
+        from ..eu_plane.files import read_data
+        from ..eu_plane.plot import plot_plane
+        from ..eu_plane.pruner import EUPruner
+        from ..eu_plane.report import write_report
 
         pruner = None
         if any(budget is not None for budget in (sample_ratio, num_samples, num_tokens)):

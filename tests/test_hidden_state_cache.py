@@ -9,17 +9,17 @@ import torch
 from conftest import randomize_side_network, side_parameters, tiny
 from datasets import Dataset
 from peft import get_peft_model
-from test_shared_prefix import PREFIX, batch, layer_of, loss_and_gradients, passed_lengths, rows_of
+from test_prefix_caching import PREFIX, batch, layer_of, loss_and_gradients, passed_lengths, rows_of
 from transformers import TrainingArguments
 
-from qtuning_peft import KeepStatesCallback, SideTuningConfig, SideTuningTrainer
+from qtuning_peft import HiddenStateCacheCallback, SideTuningConfig, SideTuningTrainer
 from qtuning_peft.demo.gsm8k import RightPadding
 
 PLENTY = 2**30
 
 
 def side_tuned(dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
-    config = SideTuningConfig(r=4, task_type="CAUSAL_LM", **{"tap_every": 1, **fields})
+    config = SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM", **{"tap_every": 1, **fields})
     model = get_peft_model(tiny().to(dtype), config).train()
     randomize_side_network(model)
     return model
@@ -82,7 +82,9 @@ def test_a_row_is_not_another_that_begins_with_the_prefix() -> None:
 def test_states_are_those_of_one_adapters_taps() -> None:
     """An adapter that taps other blocks has the base run."""
     model, inputs = side_tuned(), batch()
-    model.add_adapter("other", SideTuningConfig(r=4, tap_every=1, layers_to_transform=[0], task_type="CAUSAL_LM"))
+    model.add_adapter(
+        "other", SideTuningConfig(reduction_factor=4, tap_every=1, layers_to_transform=[0], task_type="CAUSAL_LM")
+    )
     layer_of(model).keep_states(PLENTY)
     loss_and_gradients(model, inputs)
     model.set_adapter("other")
@@ -130,7 +132,7 @@ def test_the_callback_keeps_for_several_epochs_alone(tmp_path: Any) -> None:
     rows = rows_of(batch(prefix=0))
     rows += [{**row, "input_ids": [5, *row["input_ids"][1:]]} for row in rows]
     weights = []
-    for callbacks, passes in (([KeepStatesCallback(1)], 2), ([], 6)):
+    for callbacks, passes in (([HiddenStateCacheCallback(1)], 2), ([], 6)):
         model = side_tuned(torch.bfloat16)
         trainer = SideTuningTrainer(
             model=model,
@@ -154,4 +156,4 @@ def test_the_callback_keeps_for_several_epochs_alone(tmp_path: Any) -> None:
 def test_a_budget_of_nothing_is_refused() -> None:
     """One sentence."""
     with pytest.raises(ValueError, match="gibibytes is 0; give a number above 0"):
-        KeepStatesCallback(0)
+        HiddenStateCacheCallback(0)

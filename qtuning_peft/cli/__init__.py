@@ -11,12 +11,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from .eu_plane import commands
-from .recipes.commands import app as recipes_app
-from .side_tuning.commands import convert, info, pull, push
+from . import data as commands
+from .hub import convert, info, pull, push
+from .recipes import app as recipes_app
 
 if TYPE_CHECKING:
-    from .demo.run import DemoResult
+    from ..demo.run import DemoResult
 
 app = typer.Typer(
     name="qtuning",
@@ -46,7 +46,7 @@ def demo(
     with this package. The adapter is saved, loaded in a fresh process with plain PEFT, and scored on held-out rows.
     """
     console.print("Quantized side tuning of SmolLM2-135M-Instruct (NF4) on pruned GSM8K answers")
-    from .demo.run import run_demo
+    from ..demo.run import run_demo
 
     try:
         _print_result(run_demo(output_dir, seed))
@@ -62,7 +62,7 @@ def demo(
 def sft(context: typer.Context) -> None:
     """Run TRL's SFT script on a TRL YAML file with the blocks qst: and eu_pruning: (--config recipe.yaml)."""
     try:
-        from .integrations import trl
+        from ..integrations import trl
     except ModuleNotFoundError as error:
         console.print("[bold red]Error:[/] qtuning sft needs TRL: pip install 'trl>=1.9'.", highlight=False)
         raise typer.Exit(1) from error

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..eu_plane.commands import console, one_sentence, printable
+from .data import console, one_sentence, printable
 
 
 def convert(
@@ -23,11 +23,12 @@ def convert(
     The files are read as tensors alone, no code in them is run, and the base's weights are not loaded.
     """
     with one_sentence():
-        from .convert import convert_checkpoint
+        from ..side_tuning.convert import convert_checkpoint
 
         config = convert_checkpoint(folder, base, output)
         console.print(
-            f"r {config.r}, {config.base_num_layers} side blocks with {config.num_side_heads} heads: "
+            f"reduction_factor {config.reduction_factor}, {config.base_num_layers} side blocks with "
+            f"{config.num_side_heads} heads: "
             f"{printable(output)}",
             highlight=False,
         )
@@ -47,10 +48,10 @@ def push(
 ) -> None:
     """Upload an adapter to the Hub: its configuration, weights, card and tokenizer, and nothing else."""
     with one_sentence():
-        from ..sharing import push as upload
-        from ..training_facts import TrainingFacts
+        from ..hub.metadata import TrainingMetadata
+        from ..hub.sharing import push as upload
 
-        facts = TrainingFacts(datasets=tuple(dataset or ()), language=tuple(language or ()), license=license)
+        facts = TrainingMetadata(datasets=tuple(dataset or ()), language=tuple(language or ()), license=license)
         address = upload(folder, repo, private=private, revision=revision, message=message, facts=facts)
         console.print(printable(address), highlight=False)
 
@@ -62,7 +63,7 @@ def pull(
 ) -> None:
     """Download an adapter from the Hub. Loading by its name needs no pull; this is for a copy of your own."""
     with one_sentence():
-        from ..sharing import pull as download
+        from ..hub.sharing import pull as download
 
         config = download(repo, output, revision)
         console.print(printable(f"a side network for {config.base_model_name_or_path}: {output}"), highlight=False)
@@ -74,7 +75,7 @@ def info(
 ) -> None:
     """Show what an adapter is: its base, settings, size and gates, and what its card says of data and results."""
     with one_sentence():
-        from ..sharing import describe
+        from ..hub.sharing import describe
 
         table = Table(box=None, show_header=False, pad_edge=False)
         for name, value in describe(adapter, revision):

@@ -22,7 +22,7 @@ LARGEST_TABLE = 32
 
 
 @dataclass(frozen=True)
-class TrainingFacts:
+class TrainingMetadata:
     """What a card says of how its adapter was trained: only what is known, and figures only as measured.
 
     Attributes:

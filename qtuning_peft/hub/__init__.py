@@ -1,0 +1,1 @@
+"""Adapters on the Hub: model card, training metadata, push and pull."""
