@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig, Qwen3Config
 
-from qtuning_peft.side_tuning.decoder import find_decoder
+from qtuning_peft.side_tuning.follow import find_decoder
 
 
 def _opt(hidden: int, layers: int, heads: int) -> PretrainedConfig:

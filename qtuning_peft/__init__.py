@@ -8,6 +8,7 @@ and what they are made of choose training data on the Error-Uncertainty plane (Q
 from ._register import register
 from .eu_plane import EUPruner, EUPruningCallback, EUScorer, prune, score
 from .few_shot import add_few_shot_examples
+from .registry import load_extensions
 from .side_tuning import SideTuningConfig, SideTuningModel, fit_projections
 from .trainer import HiddenStateCacheCallback, PrefixCachingCallback, SideTuningTrainer
 
@@ -29,3 +30,4 @@ __all__ = [
 ]
 
 register()
+load_extensions()

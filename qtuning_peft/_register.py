@@ -1,45 +1,20 @@
-"""Make ``QST`` a PEFT type: the one place that touches PEFT's enum.
-
-PEFT has a public function for outside methods, `peft.utils.register_peft_method`, but it only accepts names
-that are members of the `PeftType` enum, and has no entry point to add one. So one true member is made here,
-once, and everything after that is PEFT's own registry.
-"""
+"""Register side tuning with PEFT: the method itself, what its files hold, and its model cards."""
 
 from __future__ import annotations
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils.peft_types import PeftType, register_peft_method
+from peft.utils.peft_types import register_peft_method
 
-NAME = "QST"
-PREFIX = "qst_"
-
-
-def _peft_type() -> PeftType:
-    if NAME not in PeftType.__members__:
-        # A str-enum member is a str that carries its name and value; the three maps are what
-        # `PeftType(value)`, `PeftType.QST` and iteration look at. Calling the class would only look it up.
-        member = str.__new__(PeftType, NAME)
-        member._name_ = NAME
-        member._value_ = NAME
-        PeftType._member_map_[NAME] = member
-        PeftType._value2member_map_[NAME] = member
-        PeftType._member_names_.append(NAME)
-        if not hasattr(PeftType, NAME):
-            type.__setattr__(PeftType, NAME, member)
-    return PeftType(NAME)
-
-
-QST: PeftType = _peft_type()
+from .hub.card import complete_cards
+from .side_tuning import SideTuningConfig, SideTuningModel
+from .side_tuning.peft.files import remember_origins, save_the_adapter_alone
+from .side_tuning.peft.peft_type import NAME, PREFIX, QST
 
 
 def register() -> None:
     """Register `SideTuningConfig` and `SideTuningModel` with PEFT; calling it again changes nothing."""
     if QST in PEFT_TYPE_TO_CONFIG_MAPPING:
         return
-    from .hub.card import complete_cards
-    from .side_tuning import SideTuningConfig, SideTuningModel
-    from .side_tuning.adapter_files import remember_origins, save_the_adapter_alone
-
     save_the_adapter_alone()
     remember_origins()
     complete_cards()

@@ -1,16 +1,15 @@
-"""Cross-entropy of a causal language model over its supervised positions, without ever holding all of their logits.
+"""Chunked cross-entropy of a causal language model, over its supervised positions: never all of their logits at once.
 
     L = - 1/|T| sum_(t in T) log p(y_t | y_<t),      T = {t : label_t != -100}
 
-The head is applied to the hidden states that predict a supervised token and to no others, a piece of them at a time.
-Nothing in the head is trained, so a piece's gradient can be taken at once, in the forward pass: dL/dh is all that
-is held for backward, d numbers a token instead of several times the vocabulary, and no logit is computed twice.
+The head is applied to the hidden states that predict a supervised token and to no others, a chunk of them at a time.
+Nothing in the head is trained, so a chunk's gradient can be taken at once, in the forward pass: dL/dh is all that
+is saved for backward, d numbers a token instead of several times the vocabulary, and no logit is computed twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,9 +18,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .head import causal_model, head_of, positions_at_once
+from .reading import IGNORE_INDEX, reading_from, unsupervised_columns
 
-IGNORE_INDEX = -100
-# Logits of a piece: with their softmax and gradient, about half a gigabyte in float32 and a few hundred tokens.
+__all__ = ["IGNORE_INDEX", "chunked_cross_entropy", "summed_cross_entropy", "supervised_positions"]
+
+# Logits of a chunk: with their softmax and gradient, about half a gigabyte in float32 and a few hundred tokens.
 CHUNK_ELEMENTS = 2**25
 Head = Callable[[Tensor], Tensor]
 
@@ -45,22 +46,13 @@ def chunked_cross_entropy(
         ValueError: when `model` is not a causal language model.
     """
     base = causal_model(model)
-    with _reading(base, labels):
+    with reading_from(lambda: unsupervised_columns(labels)):
         output = base.get_decoder()(input_ids=input_ids, use_cache=False, **inputs)
     hidden_states, targets = supervised_positions(output.last_hidden_state, labels)
     frozen = not any(parameter.requires_grad for parameter in base.get_output_embeddings().parameters())
-    piece = positions_at_once(base, CHUNK_ELEMENTS)
-    total = summed_cross_entropy(head_of(base, output), hidden_states, targets, piece, frozen)
+    chunk = positions_at_once(base, CHUNK_ELEMENTS)
+    total = summed_cross_entropy(head_of(base, output), hidden_states, targets, chunk, frozen)
     return total / (num_items if num_items is not None else max(1, len(targets)))
-
-
-def _reading(model: nn.Module, labels: Tensor) -> AbstractContextManager[None]:
-    # Not at the top: side networks are built on this module.
-    from .side_tuning.base_states import side_tuning_layer
-    from .side_tuning.shared_prefix import unsupervised_columns
-
-    layer = side_tuning_layer(model)
-    return nullcontext() if layer is None else layer.reading_from(lambda: unsupervised_columns(labels))
 
 
 def supervised_positions(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,21 +70,21 @@ def supervised_positions(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor,
     return hidden_states[:, :-1][supervised], targets[supervised]
 
 
-def summed_cross_entropy(head: Head, hidden_states: Tensor, targets: Tensor, piece: int, frozen: bool) -> Tensor:
+def summed_cross_entropy(head: Head, hidden_states: Tensor, targets: Tensor, chunk: int, frozen: bool) -> Tensor:
     """Sum of the targets' negative log-likelihoods in nats, a float32 scalar (float64 for float64 logits).
 
     Args:
         head: From hidden states (tokens, d) to logits (tokens, vocabulary).
         hidden_states: (tokens, d).
         targets: (tokens,), int64.
-        piece: Tokens whose logits are held at a time.
+        chunk: Tokens whose logits are held at a time.
         frozen: Whether nothing in `head` needs a gradient. If something does, backward computes logits once more.
     """
     if frozen and hidden_states.requires_grad and torch.is_grad_enabled():
-        total: Tensor = _FrozenHead.apply(hidden_states, targets, head, piece)
+        total: Tensor = _FrozenHead.apply(hidden_states, targets, head, chunk)
         return total
     total = hidden_states.new_zeros((), dtype=torch.promote_types(hidden_states.dtype, torch.float32))
-    for states, wanted in zip(hidden_states.split(piece), targets.split(piece), strict=True):
+    for states, wanted in zip(hidden_states.split(chunk), targets.split(chunk), strict=True):
         total = total + checkpoint(_summed, head, states, wanted, use_reentrant=False)
     return total
 
@@ -105,11 +97,11 @@ def _summed(head: Head, hidden_states: Tensor, targets: Tensor) -> Tensor:
 
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, targets: Tensor, head: Head, piece: int) -> Tensor:
+    def forward(ctx: Any, hidden_states: Tensor, targets: Tensor, head: Head, chunk: int) -> Tensor:
         gradient = torch.empty_like(hidden_states)  # (tokens, d)
         total = hidden_states.new_zeros((), dtype=torch.promote_types(hidden_states.dtype, torch.float32))
-        for start in range(0, len(hidden_states), piece):
-            here = slice(start, start + piece)
+        for start in range(0, len(hidden_states), chunk):
+            here = slice(start, start + chunk)
             with torch.enable_grad():
                 states = hidden_states[here].detach().requires_grad_()
                 loss = _summed(head, states, targets[here])

@@ -38,7 +38,10 @@ class Registry(Mapping[str, T], Generic[T]):
         if name in self._choices:
             raise ValueError(f"{self.field} {name} is registered already; choose another name.")
         self._choices[name] = choice
-        self._help[name] = inspect.cleandoc(help or "").partition("\n")[0].rstrip(".")
+        text = inspect.cleandoc(help or "").partition("\n")[0].rstrip(".")
+        # Within a sentence, unless it begins with a name.
+        word = text.partition(" ")[0]
+        self._help[name] = text[:1].lower() + text[1:] if word[1:].islower() or word == "A" else text
         return choice
 
     def register(self, name: str) -> Callable[[T], T]:

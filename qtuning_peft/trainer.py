@@ -1,7 +1,7 @@
-"""`transformers.Trainer` for side-tuned models: the loss of `loss`, and what all rows begin with computed once.
+"""`transformers.Trainer` for side-tuned models: chunked cross-entropy, prefix caching and the hidden-state cache.
 
-TRL and Axolotl bring a loss of their own that holds no logits; the trainer is for who uses `Trainer` itself, the
-callback for any of them.
+TRL and Axolotl bring a chunked loss of their own; the trainer is for those who use `Trainer` itself, the callbacks are
+for any of them.
 """
 
 from __future__ import annotations
@@ -11,43 +11,42 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .side_tuning.base_states import side_tuning_layer
-from .side_tuning.shared_prefix import common_prefix
+from .states import cache_states, common_prefix, reuse_of
 
 ROWS = 256
 
 
 class PrefixCachingCallback(TrainerCallback):
-    """While training, computes once what all rows begin with: a system prompt, or demonstrations.
+    """Computes the prompt prefix that all rows share once: a system prompt, or few-shot examples.
 
     The prefix is found in the first 256 rows; a batch that begins otherwise, is packed, or padded at the left is
-    computed whole. Results are the same up to rounding. It comes to nothing where side blocks attend
-    (`side_attention`), or where no side network is.
+    computed whole. Results are the same up to rounding. It has no effect where side blocks attend (`side_attention`),
+    or where there is no side network.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Find the prefix in the training data."""
-        layer = side_tuning_layer(kwargs["model"])
+        reuse = reuse_of(kwargs["model"])
         data: Any = getattr(kwargs.get("train_dataloader"), "dataset", None)
         # A stream's rows could not be given back.
-        if layer is not None and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-            layer.share_prefix(common_prefix(data[index] for index in range(min(ROWS, len(data)))))
+        if reuse is not None and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+            reuse.cache_prefix(common_prefix(data[index] for index in range(min(ROWS, len(data)))))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let go of its keys and values."""
-        layer = side_tuning_layer(kwargs["model"])
-        if layer is not None:
-            layer.share_prefix([])
+        """Free its keys and values."""
+        reuse = reuse_of(kwargs["model"])
+        if reuse is not None:
+            reuse.cache_prefix([])
 
 
 class HiddenStateCacheCallback(TrainerCallback):
-    """Keeps the base's hidden states in main memory, so that epochs after the first cost the side network alone.
+    """Caches the base's hidden states in main memory, so that epochs after the first cost the side network alone.
 
-    What is kept has 16 bits, also of a base in float32: there, later epochs see states that are rounded. Packed rows,
+    They are cached in 16 bits, also of a base in float32: there, later epochs see states that are rounded. Packed rows,
     rows padded at the left, and side blocks that attend (`side_attention`) are computed in every epoch.
 
     Args:
@@ -66,25 +65,22 @@ class HiddenStateCacheCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin to keep, if there is more than one epoch."""
-        layer = side_tuning_layer(kwargs["model"])
-        if layer is not None and state.num_train_epochs > 1:
-            layer.keep_states(round(self.gibibytes * 2**30))
+        """Begin to cache, if there is more than one epoch."""
+        if state.num_train_epochs > 1:
+            cache_states(kwargs["model"], round(self.gibibytes * 2**30))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let go of all."""
-        layer = side_tuning_layer(kwargs["model"])
-        if layer is not None:
-            layer.keep_states(0)
+        """Free them."""
+        cache_states(kwargs["model"], 0)
 
 
 class SideTuningTrainer(Trainer):
     """A `Trainer` for side-tuned causal language models that never holds the logits of a batch.
 
     Arguments are those of `transformers.Trainer`, and so are its results up to rounding. While training, the model's
-    output has a loss and no logits. What all rows begin with is computed once, see `PrefixCachingCallback`.
+    output has a loss and no logits. A prompt prefix that all rows share is computed once, see `PrefixCachingCallback`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -92,7 +88,7 @@ class SideTuningTrainer(Trainer):
         self.add_callback(PrefixCachingCallback())
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer` does, with the loss in pieces while training."""
+        """As `Trainer` does, with the chunked loss while training."""
         if model.training:
             inputs = {**inputs, "chunked_loss": True}
         return super().compute_loss(model, inputs, *args, **kwargs)
@@ -100,7 +96,7 @@ class SideTuningTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """As `Trainer` does, with the loss in pieces where nothing but the loss is asked for."""
+        """As `Trainer` does, with the chunked loss where nothing but the loss is asked for."""
         if prediction_loss_only:
             inputs = {**inputs, "chunked_loss": True}
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

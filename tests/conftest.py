@@ -35,7 +35,7 @@ os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 
 VOCABULARY = 100
 # A side network with gates and attention, beside every block.
-EVERY_PART = {"side_attention": True, "tap_every": 1, "mixing": "residual"}
+EVERY_PART = {"side_attention": True, "tap_every": 1, "mixing": "paper"}
 SHAPE = {
     "hidden_size": 64,
     "num_hidden_layers": 3,

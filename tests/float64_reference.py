@@ -21,8 +21,7 @@ f the output of the base's final norm, and i(0) < i(1) < ... the tapped blocks:
 
     rotary: of the F frequencies of the base, number floor(k F / half), k = 0 .. half-1, half = min(n / 2, F), turns
             channels k and k + half of each head of q and k; the channels from 2 half on are left alone
-    mix(f, g) = f + up(g)                            residual
-                f + up(g) + 128/d W f / rms(f)       additive, rms(f) = sqrt(mean(f^2) + 1e-6)
+    mix(f, g) = f + up(g) + 128/d W f / rms(f)       additive, rms(f) = sqrt(mean(f^2) + 1e-6)
                 a f + (1 - a) up(g)                  paper
                 s f + (1 - s) up(g), s = sigmoid(a)  reference, on an RMSNorm base
                 s up(g) + (1 - s) f                  reference, on a LayerNorm base
@@ -169,8 +168,6 @@ def block(tensors: Tensors, name: str, x: Array, mask: NDArray[np.bool_], setup:
 
 def mix(tensors: Tensors, f: Array, g: Array, setup: Setup) -> Array:
     up = linear(tensors, "mix.up_proj", g)
-    if setup.mixing == "residual":
-        return f + up
     if setup.mixing == "additive":
         rms = np.sqrt((f**2).mean(-1, keepdims=True) + 1e-6)
         return f + up + 128 / f.shape[-1] * linear(tensors, "mix.correction", f / rms)

@@ -82,7 +82,6 @@ def test_the_mean_of_what_the_loss_reads(family: str) -> None:
     "config",
     [
         {"tap_storage": "int4"},
-        {"tap_storage": "recompute"},
         {"downsample": "avgpool"},
         {"downsample": "projection"},
         EVERY_PART,

@@ -25,7 +25,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from qtuning_peft.cli.hub import convert
-from qtuning_peft.side_tuning.convert import convert_checkpoint
+from qtuning_peft.side_tuning.peft.convert import convert_checkpoint
 
 R, RANK, HEADS = 4, 8, 4
 Checkpoint = dict[str, dict[str, Tensor] | Tensor]

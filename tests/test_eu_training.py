@@ -17,8 +17,9 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, T
 from qtuning_peft import EUPruner, EUPruningCallback, EUScorer, SideTuningConfig
 from qtuning_peft.demo.gsm8k import RightPadding
 from qtuning_peft.eu_plane.training import PruningCollator
-from qtuning_peft.side_tuning.base_states import base_states, side_tuning_layer, use_in_next_forward
-from qtuning_peft.side_tuning.block import SideBlock
+from qtuning_peft.side_tuning.follow import record_states
+from qtuning_peft.side_tuning.network.block import SideBlock
+from qtuning_peft.states import reuse_of
 
 
 def rows_of_tokens(count: int = 32, seed: int = 0) -> list[dict[str, list[int]]]:
@@ -90,7 +91,7 @@ def test_trainer_trains_on_what_is_kept(method: str, tmp_path: Path) -> None:
         # One pass of the base for each batch of eight; the side network sees the kept half alone.
         assert base_batches == [8] * 4
         assert side_batches == [4] * 4
-        assert side_tuning_layer(model).waiting_states == []
+        assert reuse_of(model).waiting == []
     else:
         assert sorted(base_batches) == [4] * 4 + [8] * 4
     logs = [entry for entry in trainer.state.log_history if "kept_samples" in entry]
@@ -188,7 +189,7 @@ def test_pruned_data_trains_in_trl_with_its_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "bloom"])
-def test_kept_states_give_the_same_step_as_the_base(family: str) -> None:
+def test_recorded_states_give_the_same_step_as_the_base(family: str) -> None:
     torch.manual_seed(0)
     model = get_peft_model(
         tiny(family), SideTuningConfig(reduction_factor=2, task_type="CAUSAL_LM", **EVERY_PART)
@@ -207,9 +208,9 @@ def test_kept_states_give_the_same_step_as_the_base(family: str) -> None:
         return loss.detach(), {name: p.grad.clone() for name, p in side_parameters(model).items() if p.grad is not None}
 
     loss, gradients = step()
-    states = base_states(model, input_ids, attention_mask=mask)
+    states = record_states(model, input_ids, attention_mask=mask)
     ran = batch_sizes(model, "layers.0" if family not in ("gpt2",) else "h.0")
-    use_in_next_forward(model, states.rows(chosen))
+    reuse_of(model).serve_next(states.rows(chosen))
     replayed_loss, replayed = step()
     assert ran == []
     torch.testing.assert_close(replayed_loss, loss)
@@ -271,7 +272,7 @@ def test_states_are_for_the_same_input_and_outputs_alone() -> None:
     input_ids, mask = token_ids(2, 8), torch.ones(2, 8, dtype=torch.int64)
     mask[1, 5:] = 0
     ran = batch_sizes(model, "layers.0")
-    use_in_next_forward(model, base_states(model, input_ids, attention_mask=mask))
+    reuse_of(model).serve_next(record_states(model, input_ids, attention_mask=mask))
     ran.clear()
     model(input_ids=input_ids)
     model(input_ids=input_ids, attention_mask=torch.ones_like(mask))
@@ -284,8 +285,8 @@ def test_states_are_for_the_same_input_and_outputs_alone() -> None:
 def test_at_most_two_states_wait() -> None:
     model = adapted("qst")
     for seed in range(4):
-        use_in_next_forward(model, base_states(model, token_ids(2, 8, seed=seed)))
-    waiting = side_tuning_layer(model).waiting_states
+        reuse_of(model).serve_next(record_states(model, token_ids(2, 8, seed=seed)))
+    waiting = reuse_of(model).waiting
     assert [states.input_ids.tolist() for states in waiting] == [token_ids(2, 8, seed=s).tolist() for s in (2, 3)]
 
 
@@ -315,33 +316,33 @@ def test_packed_batches_of_trl_lose_their_dropped_tokens(tmp_path: Path) -> None
 
 def test_states_of_other_tokens_wait_and_generation_ignores_them() -> None:
     model = adapted("qst").train()
-    layer = side_tuning_layer(model)
+    reuse = reuse_of(model)
     first, second, third = (token_ids(2, 8, seed=s) for s in (1, 2, 3))
     for input_ids in (first, second):
-        use_in_next_forward(model, base_states(model, input_ids))
+        reuse_of(model).serve_next(record_states(model, input_ids))
     ran = batch_sizes(model, "layers.0")
     model(input_ids=third)
-    assert (len(layer.waiting_states), len(ran)) == (2, 1)
+    assert (len(reuse.waiting), len(ran)) == (2, 1)
     model.eval()
     model(input_ids=second)
-    assert (len(layer.waiting_states), len(ran)) == (2, 2)
+    assert (len(reuse.waiting), len(ran)) == (2, 2)
     model.train()
     model(input_ids=second)
-    assert (len(layer.waiting_states), len(ran)) == (0, 2)
+    assert (len(reuse.waiting), len(ran)) == (0, 2)
 
 
 def test_recorded_states_are_the_base_alone() -> None:
     model = get_peft_model(tiny(), SideTuningConfig(reduction_factor=2, task_type="CAUSAL_LM", **EVERY_PART))
     randomize_side_network(model)
     input_ids = token_ids()
-    states = base_states(model, input_ids)
+    states = record_states(model, input_ids)
     with torch.no_grad(), model.disable_adapter():
         output = model(input_ids=input_ids, output_hidden_states=True)
     torch.testing.assert_close(states.normed, output.hidden_states[-1], rtol=0, atol=0)
     torch.testing.assert_close(states.embeddings, output.hidden_states[0], rtol=0, atol=0)
     torch.testing.assert_close(states.blocks[0][2], output.hidden_states[1], rtol=0, atol=0)
     with pytest.raises(ValueError, match="no active side network"):
-        base_states(tiny(), input_ids)
+        record_states(tiny(), input_ids)
 
 
 @pytest.mark.parametrize(

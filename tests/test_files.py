@@ -49,10 +49,10 @@ def test_the_exact_tensors_of_a_saved_adapter(tmp_path: Path) -> None:
         "adapter_model.safetensors",
     ]
     expected = {"embedding_tap.down.weight": (16, 64), "embedding_tap.norm.weight": (16,), "norm.weight": (16,)}
-    expected |= {"mix.up_proj.weight": (64, 16), "mix.up_proj.bias": (64,)}
+    expected |= {"mix.up_proj.weight": (64, 16), "mix.up_proj.bias": (64,), "mix.weight": ()}
     expected |= {f"{tap}.center": (64,) for tap in ("embedding_tap", "taps.0", "taps.1", "taps.2")}
     for i in range(3):
-        expected |= {f"taps.{i}.down.weight": (16, 64), f"taps.{i}.norm.weight": (16,), f"gates.{i}.weight": (16,)}
+        expected |= {f"taps.{i}.down.weight": (16, 64), f"taps.{i}.norm.weight": (16,), f"gates.{i}.weight": ()}
         expected |= {f"blocks.{i}.{name}": shape for name, shape in BLOCK.items()}
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert {key: tuple(tensor.shape) for key, tensor in saved.items()} == {PREFIX + k: v for k, v in expected.items()}
@@ -65,7 +65,7 @@ def test_the_config_is_plain_data(tmp_path: Path) -> None:
     assert config["peft_type"] == "QST"
     assert (config["base_hidden_size"], config["base_num_layers"]) == (64, 3)
     assert config["target_modules"] == ["model.norm"]
-    assert (config["reduction_factor"], config["mixing"], config["downsample"]) == (4, "residual", "linear")
+    assert (config["reduction_factor"], config["mixing"], config["downsample"]) == (4, "paper", "linear")
 
 
 @pytest.mark.parametrize("name", ["default", "qst", "qst_side_network", "weight", "0", "blocks", "norm"])

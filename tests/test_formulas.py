@@ -19,7 +19,7 @@ from qtuning_peft import SideTuningConfig
 
 FAMILIES = ("llama", "opt")
 DOWNSAMPLES = ("adapter", "lora", "linear", "projection", "maxpool", "avgpool")
-MIXINGS = ("additive", "residual", "paper", "reference")
+MIXINGS = ("additive", "paper", "reference")
 TOLERANCE = 1e-9
 DEFAULTS: dict[str, Any] = {"reduction_factor": 4, "downsample_rank": 6, **EVERY_PART}
 FLOAT32_TOLERANCE = 1e-4
@@ -174,7 +174,7 @@ def expected_logits(
         r=r,
         downsample=config.get("downsample", "linear"),
         downsample_norm=config.get("downsample_norm", True),
-        mixing=config.get("mixing", "residual"),
+        mixing=config.get("mixing", "paper"),
         num_heads=config.get("num_side_heads") or default_heads(d // r),
         layers=config.get("layers_to_transform") or tapped(base.config.num_hidden_layers, config.get("tap_every", 1)),
         eps=traced.eps,
@@ -339,7 +339,7 @@ def expected_shapes(family: str, downsample: str, norm: bool, mixing: str) -> di
     shapes = normed("norm") | linear("mix.up_proj", d, w, True)
     if mixing == "additive":
         shapes["mix.correction.weight"] = (d, d)
-    elif mixing != "residual":
+    else:
         shapes["mix.weight"] = () if mixing == "paper" else (d,)
     for tap in ("embedding_tap", "taps.0", "taps.1"):
         shapes[f"{tap}.center"] = (d,)
@@ -377,12 +377,11 @@ def test_tensors(family: str, downsample: str, mixing: str, norm: bool) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_initial_values(family: str, mixing: str) -> None:
     tensors = side_tensors(family, adapt(build_base(family), mixing=mixing))
-    starts = {"residual": torch.zeros(16), "paper": torch.zeros(()), "reference": torch.full((16,), 0.5)}
+    starts = {"paper": torch.zeros(()), "reference": torch.full((16,), 0.5)}
     for j in range(3):
         assert torch.equal(tensors.get(f"gates.{j}.weight", torch.empty(0)), starts.get(mixing, torch.empty(0)))
     if mixing == "additive":
         assert not tensors["mix.correction.weight"].any()
-    if mixing in ("additive", "residual"):
         assert not tensors["mix.up_proj.weight"].any()
         assert not tensors["mix.up_proj.bias"].any()
     else:
@@ -398,7 +397,7 @@ def test_initial_values(family: str, mixing: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-@pytest.mark.parametrize("mixing", ["additive", "residual"])
+@pytest.mark.parametrize("mixing", ["additive", "paper"])
 def test_a_fresh_adapter_is_the_base(mixing: str, family: str, dtype: torch.dtype) -> None:
     base, inputs = build_base(family).to(dtype), padded_inputs("left")
     before = base(**inputs).logits
@@ -443,20 +442,11 @@ def test_first_gradients_of_paper(family: str) -> None:
     assert {name for name, reached in backward(family, model).items() if reached} == {"mix.weight"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_first_gradients_of_additive(family: str) -> None:
-    model = adapt(build_base(family), mixing="additive")
-    reached = {name for name, reached in backward(family, model).items() if reached}
-    assert reached == {"mix.up_proj.weight", "mix.up_proj.bias", "mix.correction.weight"}
-    torch.optim.SGD(side_parameters(family, model).values(), lr=0.1).step()
-    assert {name for name, reached in backward(family, model).items() if not reached} == set()
-
-
 @pytest.mark.parametrize("downsample", DOWNSAMPLES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_first_gradients_of_residual(family: str, downsample: str) -> None:
-    model = adapt(build_base(family), mixing="residual", downsample=downsample)
+def test_first_gradients_of_additive(family: str, downsample: str) -> None:
+    model = adapt(build_base(family), mixing="additive", downsample=downsample)
     reached = {name for name, reached in backward(family, model).items() if reached}
-    assert reached == {"mix.up_proj.weight", "mix.up_proj.bias"}
+    assert reached == {"mix.up_proj.weight", "mix.up_proj.bias", "mix.correction.weight"}
     torch.optim.SGD(side_parameters(family, model).values(), lr=0.1).step()
     assert {name for name, reached in backward(family, model).items() if not reached} == set()

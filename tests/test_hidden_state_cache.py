@@ -1,4 +1,4 @@
-"""Hidden states kept from epoch to epoch: the base runs once for each row, and what is learned is the same."""
+"""Hidden states cached from epoch to epoch: the base runs once for each row, and what is learned is the same."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 from conftest import randomize_side_network, side_parameters, tiny
 from datasets import Dataset
 from peft import get_peft_model
-from test_prefix_caching import PREFIX, batch, layer_of, loss_and_gradients, passed_lengths, rows_of
+from test_prefix_caching import PREFIX, batch, loss_and_gradients, passed_lengths, rows_of
 from transformers import TrainingArguments
 
 from qtuning_peft import HiddenStateCacheCallback, SideTuningConfig, SideTuningTrainer
 from qtuning_peft.demo.gsm8k import RightPadding
+from qtuning_peft.states import cache_states, reuse_of
 
 PLENTY = 2**30
 
@@ -30,10 +31,9 @@ def side_tuned(dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
 def test_the_base_runs_once_for_each_row(dtype: torch.dtype, prefix: int) -> None:
     """Loss and gradient of the second pass are the first's: exactly of a 16-bit base, rounded of one in float32."""
     model, inputs = side_tuned(dtype), batch()
-    layer = layer_of(model)
-    layer.share_prefix(inputs["input_ids"][0, :prefix].tolist())
+    reuse_of(model).cache_prefix(inputs["input_ids"][0, :prefix].tolist())
     expected = loss_and_gradients(model, inputs)
-    layer.keep_states(PLENTY)
+    cache_states(model, PLENTY)
     lengths = passed_lengths(model)
     for attempt in range(2):
         loss, gradients = loss_and_gradients(model, inputs)
@@ -49,15 +49,15 @@ def test_rows_are_found_again_in_other_batches() -> None:
     """In another order, with other neighbours, and so with other padding; a new row brings its whole batch back."""
     model, inputs = side_tuned(torch.bfloat16), batch()
     lengths = passed_lengths(model)
-    layer_of(model).keep_states(PLENTY)
+    cache_states(model, PLENTY)
     loss_and_gradients(model, inputs)
     for chosen in ([2, 0], [1, 2], [2]):
         length = int(inputs["attention_mask"][chosen].sum(1).max())
         part = {name: tensor[chosen, :length] for name, tensor in inputs.items()}
         loss, _ = loss_and_gradients(model, part)
-        layer_of(model).kept_states, kept = None, layer_of(model).kept_states
+        reuse_of(model).cache, cache = None, reuse_of(model).cache
         assert loss == pytest.approx(loss_and_gradients(model, part)[0], rel=2e-2)
-        layer_of(model).kept_states = kept
+        reuse_of(model).cache = cache
     assert lengths == [32, 32, 29, 25]  # the first, and those that were to compare
     part["input_ids"][0, 1] += 1
     loss_and_gradients(model, part)
@@ -67,16 +67,15 @@ def test_rows_are_found_again_in_other_batches() -> None:
 def test_a_row_is_not_another_that_begins_with_the_prefix() -> None:
     """Their tokens are the same once the prefix is left out, their states are not."""
     model, inputs = side_tuned(torch.bfloat16), batch()
-    layer = layer_of(model)
-    layer.share_prefix(inputs["input_ids"][0, :PREFIX].tolist())
+    reuse_of(model).cache_prefix(inputs["input_ids"][0, :PREFIX].tolist())
     without = {name: tensor[:, PREFIX:] for name, tensor in inputs.items()}
     expected = [loss_and_gradients(model, part)[0] for part in (inputs, without)]
     assert expected[0] != pytest.approx(expected[1], rel=1e-3)
-    layer.keep_states(PLENTY)
+    cache_states(model, PLENTY)
     for _ in range(2):
         assert [loss_and_gradients(model, part)[0] for part in (inputs, without)] == pytest.approx(expected, rel=1e-6)
-    layer.share_prefix(inputs["input_ids"][0, : PREFIX - 1].tolist())
-    assert layer.kept_states.held == 0
+    reuse_of(model).cache_prefix(inputs["input_ids"][0, : PREFIX - 1].tolist())
+    assert reuse_of(model).cache.used == 0
 
 
 def test_states_are_those_of_one_adapters_taps() -> None:
@@ -85,7 +84,7 @@ def test_states_are_those_of_one_adapters_taps() -> None:
     model.add_adapter(
         "other", SideTuningConfig(reduction_factor=4, tap_every=1, layers_to_transform=[0], task_type="CAUSAL_LM")
     )
-    layer_of(model).keep_states(PLENTY)
+    cache_states(model, PLENTY)
     loss_and_gradients(model, inputs)
     model.set_adapter("other")
     lengths = passed_lengths(model)
@@ -97,15 +96,14 @@ def test_states_are_those_of_one_adapters_taps() -> None:
 def test_a_budget_is_kept_to() -> None:
     """What does not fit is computed again, every time."""
     model, inputs = side_tuned(), batch()
-    layer = layer_of(model)
     one_row = 2 * 5 * 32 * 64  # embeddings, three taps and the norm
-    layer.keep_states(one_row)
+    cache_states(model, one_row)
     lengths = passed_lengths(model)
     for _ in range(2):
         loss_and_gradients(model, inputs)
     first = {name: tensor[:1] for name, tensor in inputs.items()}
     loss_and_gradients(model, first)
-    assert layer.kept_states.held == one_row
+    assert reuse_of(model).cache.used == one_row
     assert lengths == [32, 32]
 
 
@@ -113,7 +111,7 @@ def test_a_budget_is_kept_to() -> None:
 def test_what_is_not_kept(name: str) -> None:
     """Rows whose states depend on more than their tokens; side blocks that need more than states; evaluation."""
     model, inputs = side_tuned(side_attention=name == "attention"), batch()
-    layer_of(model).keep_states(PLENTY)
+    cache_states(model, PLENTY)
     lengths = passed_lengths(model)
     if name == "padded at the left":
         inputs["attention_mask"][2] = inputs["attention_mask"][2].flip(0)
@@ -124,11 +122,11 @@ def test_what_is_not_kept(name: str) -> None:
         with torch.set_grad_enabled(name != "evaluation"):
             model(**inputs)
     assert lengths == [32, 32]
-    assert layer_of(model).kept_states.held == 0
+    assert reuse_of(model).cache.used == 0
 
 
 def test_the_callback_keeps_for_several_epochs_alone(tmp_path: Any) -> None:
-    """Three epochs with states kept end where three without end, and nothing is held afterwards."""
+    """Three epochs with states cache end where three without end, and nothing is held afterwards."""
     rows = rows_of(batch(prefix=0))
     rows += [{**row, "input_ids": [5, *row["input_ids"][1:]]} for row in rows]
     weights = []
@@ -147,7 +145,7 @@ def test_the_callback_keeps_for_several_epochs_alone(tmp_path: Any) -> None:
         lengths = passed_lengths(model)
         trainer.train()
         assert len(lengths) == passes
-        assert layer_of(model).kept_states is None
+        assert reuse_of(model).cache is None
         weights.append({name: value.detach().clone() for name, value in side_parameters(model).items()})
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], rtol=1e-2, atol=1e-3)

@@ -51,7 +51,7 @@ def publish(folder: Path) -> None:
     def fresh() -> PeftModel:
         base = AutoModelForCausalLM.from_pretrained(BASE)
         kept["base"] = _logits(base)
-        return get_peft_model(base, SideTuningConfig(mixing="residual", task_type="CAUSAL_LM"))
+        return get_peft_model(base, SideTuningConfig(mixing="paper", task_type="CAUSAL_LM"))
 
     pico.save_model(folder / "base")
     AutoModelForCausalLM.from_pretrained(folder / "base").push_to_hub(BASE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from peft import get_peft_model, prepare_model_for_kbit_training
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from qtuning_peft import SideTuningConfig
+from qtuning_peft.side_tuning.network.quantize import Quantized
 
 Prepare = Callable[[PreTrainedModel], object]
 PREPARATIONS: dict[str, Prepare] = {
@@ -41,7 +43,17 @@ def saved_for_backward(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
             saved.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def quantized(states: torch.Tensor, bits: int) -> Quantized:
+        # What inner hooks pack, outer ones do not see.
+        result = quantize(states, bits)
+        pack(result.values), pack(result.scales)
+        return result
+
+    quantize = Quantized.of
+    with (
+        patch.object(Quantized, "of", quantized),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
         yield saved
 
 

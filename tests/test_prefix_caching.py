@@ -16,9 +16,9 @@ from transformers import AutoModelForSequenceClassification, TrainingArguments
 from qtuning_peft import PrefixCachingCallback, SideTuningConfig, SideTuningTrainer, add_few_shot_examples
 from qtuning_peft.demo.gsm8k import RightPadding
 from qtuning_peft.loss import chunked_cross_entropy
-from qtuning_peft.side_tuning.base_states import side_tuning_layer
-from qtuning_peft.side_tuning.decoder import find_decoder
-from qtuning_peft.side_tuning.shared_prefix import common_prefix, depends_on_length
+from qtuning_peft.side_tuning.follow import find_decoder
+from qtuning_peft.states import common_prefix, reuse_of
+from qtuning_peft.states.reuse import depends_on_length
 
 PREFIX = 20
 TEMPLATE = "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}"
@@ -30,12 +30,6 @@ def side_tuned(family: str = "llama", **fields: Any) -> Any:
     ).train()
     randomize_side_network(model)
     return model
-
-
-def layer_of(model: Any) -> Any:
-    layer = side_tuning_layer(model)
-    assert layer is not None
-    return layer
 
 
 def batch(prefix: int = PREFIX) -> dict[str, torch.Tensor]:
@@ -74,7 +68,7 @@ def test_loss_and_gradient_are_those_of_whole_rows(family: str) -> None:
     """Whatever positions and masks a family has, windows shorter than the prefix included."""
     model, inputs = side_tuned(family), batch()
     loss, gradients = loss_and_gradients(model, inputs)
-    layer_of(model).share_prefix(inputs["input_ids"][0, :PREFIX].tolist())
+    reuse_of(model).cache_prefix(inputs["input_ids"][0, :PREFIX].tolist())
     lengths = passed_lengths(model)
     for _ in range(2):  # the second time from what is kept
         shared_loss, shared = loss_and_gradients(model, inputs)
@@ -84,12 +78,12 @@ def test_loss_and_gradient_are_those_of_whole_rows(family: str) -> None:
     assert lengths == [PREFIX, 12, 12]
 
 
-@pytest.mark.parametrize("storage", ["int8", "recompute"])
+@pytest.mark.parametrize("storage", ["int8", "int4"])
 def test_however_taps_are_held(storage: str) -> None:
     """A second pass of the base for the taps finds the prefix as the first did."""
     model, inputs = side_tuned(tap_storage=storage), batch()
     loss, gradients = loss_and_gradients(model, inputs)
-    layer_of(model).share_prefix(inputs["input_ids"][0, :PREFIX].tolist())
+    reuse_of(model).cache_prefix(inputs["input_ids"][0, :PREFIX].tolist())
     shared_loss, shared = loss_and_gradients(model, inputs)
     assert shared_loss == pytest.approx(loss, rel=1e-4)
     name = max(gradients, key=lambda name: float(gradients[name].norm()))
@@ -114,7 +108,7 @@ def test_other_batches_are_computed_whole(name: str) -> None:
     """Bit for bit as if no prefix had been named."""
     model, inputs = side_tuned(), other_rows(name)
     loss, _ = loss_and_gradients(model, inputs)
-    layer_of(model).share_prefix(batch()["input_ids"][0, :PREFIX].tolist())
+    reuse_of(model).cache_prefix(batch()["input_ids"][0, :PREFIX].tolist())
     lengths = passed_lengths(model)
     assert loss_and_gradients(model, inputs)[0] == loss
     assert lengths == [32]
@@ -128,7 +122,7 @@ def test_whoever_reads_the_prefix_has_it_computed_whole() -> None:
     with torch.no_grad():
         expected = model(**inputs).logits
     gradients = loss_and_gradients(model, full)
-    layer_of(model).share_prefix(inputs["input_ids"][0, :PREFIX].tolist())
+    reuse_of(model).cache_prefix(inputs["input_ids"][0, :PREFIX].tolist())
     lengths = passed_lengths(model)
     again = loss_and_gradients(model, full)
     assert again[0] == gradients[0]
@@ -153,7 +147,7 @@ def test_positions_that_depend_on_the_length_share_nothing(rope_type: str) -> No
 def test_side_blocks_that_attend_see_whole_rows() -> None:
     """They attend to the prefix, with keys and values that training changes."""
     model, inputs = side_tuned(side_attention=True), batch()
-    layer_of(model).share_prefix(inputs["input_ids"][0, :PREFIX].tolist())
+    reuse_of(model).cache_prefix(inputs["input_ids"][0, :PREFIX].tolist())
     lengths = passed_lengths(model)
     loss_and_gradients(model, inputs)
     assert lengths == [32]
@@ -164,7 +158,7 @@ def test_generation_and_caches_are_left_alone() -> None:
     model, inputs = side_tuned().eval(), batch()
     ids = inputs["input_ids"][:1, :25]
     expected = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
-    layer_of(model).share_prefix(ids[0, :PREFIX].tolist())
+    reuse_of(model).cache_prefix(ids[0, :PREFIX].tolist())
     assert torch.equal(model.generate(input_ids=ids, max_new_tokens=5, do_sample=False), expected)
     assert model(input_ids=ids).past_key_values.get_seq_length() == 25
 
@@ -177,7 +171,7 @@ def test_a_classifier_reads_the_last_token_of_whole_rows() -> None:
     randomize_side_network(model)
     inputs = {name: value for name, value in batch().items() if name != "labels"}
     expected = model(**inputs).logits
-    layer_of(model).share_prefix(inputs["input_ids"][0, :PREFIX].tolist())
+    reuse_of(model).cache_prefix(inputs["input_ids"][0, :PREFIX].tolist())
     lengths = passed_lengths(model)
     torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
     assert lengths == [PREFIX, 12]
@@ -186,10 +180,10 @@ def test_a_classifier_reads_the_last_token_of_whole_rows() -> None:
 def test_a_model_is_copied_without_what_was_kept() -> None:
     """A copy computes the prefix itself."""
     model, inputs = side_tuned(), batch()
-    layer_of(model).share_prefix(inputs["input_ids"][0, :PREFIX].tolist())
+    reuse_of(model).cache_prefix(inputs["input_ids"][0, :PREFIX].tolist())
     loss, _ = loss_and_gradients(model, inputs)
     assert loss_and_gradients(copy.deepcopy(model), inputs)[0] == pytest.approx(loss, rel=1e-6)
-    assert not pickle.loads(pickle.dumps(layer_of(model).shared_prefix))._computed
+    assert not pickle.loads(pickle.dumps(reuse_of(model).prefix))._computed
 
 
 def rows_of(inputs: dict[str, torch.Tensor]) -> list[dict[str, list[int]]]:
@@ -237,7 +231,7 @@ def test_the_trainer_shares_what_its_rows_begin_with(tmp_path: Any) -> None:
         lengths = passed_lengths(model)
         trainer.train()
         assert lengths == ([PREFIX, 12, 12] if shared else [32, 32])
-        assert layer_of(model).shared_prefix is None
+        assert reuse_of(model).prefix is None
         weights.append({name: value.detach().clone() for name, value in side_parameters(model).items()})
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-4)

@@ -38,10 +38,10 @@ from qtuning_peft import SideTuningConfig
         ({"reduction_factor": "8"}, "reduction_factor is '8';"),
         (
             {"downsample": "conv"},
-            "downsample is 'conv'; choose one of adapter, lora, linear, projection, maxpool, avgpool",
+            "downsample is 'conv'; choose one of linear, lora, adapter, projection, maxpool, avgpool",
         ),
         ({"downsample_rank": 0}, "downsample_rank is 0;"),
-        ({"mixing": "lst"}, "mixing is 'lst'; choose one of additive, residual, paper, reference"),
+        ({"mixing": "lst"}, "mixing is 'lst'; choose one of additive, paper, reference"),
         ({"compute_dtype": "int8"}, "compute_dtype is 'int8';"),
         ({"side_dropout": 1.0}, "side_dropout is 1.0;"),
         ({"side_dropout": float("nan")}, "side_dropout is nan;"),

@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from qtuning_peft import SideTuningConfig
-from qtuning_peft.side_tuning import safe_loading
-from qtuning_peft.side_tuning.config import COMPUTE_DTYPES, DOWNSAMPLES, MIXINGS
+from qtuning_peft.side_tuning.network import DOWNSAMPLERS, MIXINGS
+from qtuning_peft.side_tuning.network.settings import COMPUTE_DTYPES
+from qtuning_peft.side_tuning.peft import untrusted as safe_loading
 
 WEIGHTS, PICKLED, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 PREFIX = "base_model.model.model.norm.qst_side_network."
@@ -580,7 +581,7 @@ valid_options = st.fixed_dictionaries(
     {},
     optional={
         "reduction_factor": st.integers(2, 2**20),
-        "downsample": st.sampled_from(DOWNSAMPLES),
+        "downsample": st.sampled_from(list(DOWNSAMPLERS)),
         "downsample_rank": st.integers(1, 2**20),
         "downsample_norm": st.booleans(),
         "num_side_heads": st.none() | st.integers(1, 2**20),
@@ -588,8 +589,8 @@ valid_options = st.fixed_dictionaries(
         "tap_every": st.integers(1, 2**20),
         "layers_to_transform": st.none() | st.integers(0, 99) | st.lists(st.integers(0, 99), min_size=1, unique=True),
         "side_dropout": st.floats(0, 1, exclude_max=True),
-        "mixing": st.sampled_from(MIXINGS),
-        "compute_dtype": st.sampled_from(COMPUTE_DTYPES),
+        "mixing": st.sampled_from(list(MIXINGS)),
+        "compute_dtype": st.sampled_from(list(COMPUTE_DTYPES)),
         "modules_to_save": st.none() | st.lists(names),
         "base_model_name_or_path": st.none() | names,
         "revision": st.none() | names,

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from qtuning_peft import SideTuningConfig, fit_projections
 from qtuning_peft.loss import chunked_cross_entropy
-from qtuning_peft.side_tuning.base_states import base_states, use_in_next_forward
-from qtuning_peft.side_tuning.downsample import Projection
-from qtuning_peft.side_tuning.tap_storage import Quantized
+from qtuning_peft.side_tuning.follow import record_states
+from qtuning_peft.side_tuning.network.downsample import Projection
+from qtuning_peft.side_tuning.network.quantize import Quantized
 
 LEARNED = ("linear", "lora", "adapter")
 
@@ -37,59 +37,6 @@ def padded_batch() -> dict[str, Tensor]:
 def gradients(model: PeftModel, **batch: Tensor) -> dict[str, Tensor]:
     chunked_cross_entropy(model, **(batch or padded_batch())).backward()
     return {name: parameter.grad.clone() for name, parameter in side_parameters(model).items()}
-
-
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
-@pytest.mark.parametrize("downsample", LEARNED)
-def test_recomputed_taps_give_the_same_gradient(downsample: str, family: str) -> None:
-    full, again = (
-        gradients(model_with(family, downsample=downsample, tap_storage=storage)) for storage in ("full", "recompute")
-    )
-    torch.testing.assert_close(again, full)
-
-
-def test_recomputed_taps_give_the_same_gradient_twice_checkpointed_in_bfloat16_and_for_some_blocks() -> None:
-    results = []
-    for storage in ("full", "recompute"):
-        model = model_with(layers_to_transform=[0, 2], tap_storage=storage)
-        model.gradient_checkpointing_enable()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            losses = [chunked_cross_entropy(model, ids, ids) for ids in (token_ids(2, 8), token_ids(1, 5, seed=7))]
-        # Two passes are waiting for their backward, outside autocast.
-        sum(losses).backward()
-        results.append([p.grad for p in side_parameters(model).values()])
-    # Autocast adds the two passes' gradients up in bfloat16.
-    torch.testing.assert_close(*results, rtol=1e-2, atol=1e-3)
-
-
-def test_recomputed_taps_give_the_same_gradient_from_kept_states() -> None:
-    batch = padded_batch()
-    results = []
-    for storage in ("full", "recompute"):
-        model = model_with(tap_storage=storage)
-        use_in_next_forward(model, base_states(model, batch["input_ids"], attention_mask=batch["attention_mask"]))
-        results.append(gradients(model, **batch))
-    torch.testing.assert_close(*results)
-
-
-def test_the_base_runs_once_more_and_only_in_backward() -> None:
-    model, runs = model_with(tap_storage="recompute"), []
-    model.get_base_model().model.layers[0].register_forward_hook(lambda *_: runs.append(None))
-    loss = chunked_cross_entropy(model, token_ids(), token_ids())
-    assert len(runs) == 1
-    loss.backward()
-    assert len(runs) == 2
-    with torch.no_grad():
-        chunked_cross_entropy(model, token_ids(), token_ids())
-    assert len(runs) == 3
-
-
-def test_a_cache_that_was_given_cannot_be_recomputed() -> None:
-    model = model_with(tap_storage="recompute")
-    cache = model(token_ids(), use_cache=True).past_key_values
-    loss = model(token_ids(), past_key_values=cache, labels=token_ids(), attention_mask=torch.ones(2, 24)).loss
-    with pytest.raises(RuntimeError, match="tap_storage is recompute"):
-        loss.backward()
 
 
 @pytest.mark.parametrize("downsample", LEARNED)
@@ -122,7 +69,6 @@ def test_rounding_is_within_half_a_step(shape: tuple[int, ...], bits: int) -> No
         ({}, 64 * 4),
         ({"tap_storage": "int8"}, 64 + 2),
         ({"tap_storage": "int4"}, 32 + 2),
-        ({"tap_storage": "recompute"}, 0),
         ({"downsample": "projection", "downsample_rank": 8}, 8 * 4),
     ],
 )
@@ -157,8 +103,8 @@ def test_fitted_projections_keep_more_than_random_ones() -> None:
     batch = padded_batch()
     model = model_with(downsample="projection", downsample_rank=8)
     real = batch["attention_mask"].bool()
-    states = base_states(model, batch["input_ids"], attention_mask=batch["attention_mask"])
-    taps = [states.embeddings, *(tap for _, _, tap in states.blocks)]
+    states = record_states(model, batch["input_ids"], attention_mask=batch["attention_mask"])
+    taps = states.taps()
     projections = [m for m in model.modules() if isinstance(m, Projection)]
 
     def kept() -> list[float]:

@@ -23,7 +23,7 @@ def convert(
     The files are read as tensors alone, no code in them is run, and the base's weights are not loaded.
     """
     with one_sentence():
-        from ..side_tuning.convert import convert_checkpoint
+        from ..side_tuning.peft.convert import convert_checkpoint
 
         config = convert_checkpoint(folder, base, output)
         console.print(

@@ -22,7 +22,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..head import causal_model
 from ..loss import IGNORE_INDEX
-from ..side_tuning.base_states import BaseStates, base_states, side_tuning_layer, use_in_next_forward
+from ..side_tuning.follow import BaseStates, follower_of, record_states
+from ..states import reuse_of
 from .batching import COLUMNS, Piece, by_piece, mean, run
 from .pruner import EUPruner
 from .scores import scores_of_hidden_states
@@ -124,8 +125,8 @@ class PruningCollator:
     ) -> tuple[dict[str, list[np.ndarray]], BaseStates | None]:
         """Scores of every sample's tokens, and the base's states if there is a side network to use them."""
         el2n = self.pruner.strategy == "el2n"
-        layer = side_tuning_layer(self.model)
-        if layer is None or layer.active_network() is None:
+        follower = follower_of(self.model)
+        if follower is None or follower.host.active_network() is None:
             return run(self.model, pieces, len(pieces), self.tokens_per_batch, el2n), None
         model = causal_model(self.model)
         device = model.get_input_embeddings().weight.device
@@ -134,7 +135,7 @@ class PruningCollator:
         for place, piece in zip(places, pieces, strict=True):
             labels[place.row, place.start : place.stop] = torch.tensor(piece.labels)
         with torch.no_grad():
-            states = base_states(self.model, **inputs)
+            states = record_states(self.model, **inputs)
             found = scores_of_hidden_states(model, states.output, labels.to(device), el2n)
         parts = by_piece(found, pieces)
         return {name: [part[i] for part in parts] for i, name in enumerate(COLUMNS[: 2 + el2n])}, states
@@ -149,7 +150,9 @@ class PruningCollator:
                 for name, value in batch.items()
             }
         if states is not None:
-            use_in_next_forward(self.model, states.rows(torch.tensor(rows)))
+            reuse = reuse_of(self.model)
+            assert reuse is not None
+            reuse.serve_next(states.rows(torch.tensor(rows)))
             return batch
         used = torch.zeros(length, dtype=torch.bool)
         for place in kept:
@@ -244,9 +247,9 @@ class EUPruningCallback(TrainerCallback):
 
 def forget_states(model: nn.Module) -> None:
     """Drop states of the base that no step has taken."""
-    layer = side_tuning_layer(model)
-    if layer is not None:
-        layer.waiting_states = []
+    reuse = reuse_of(model)
+    if reuse is not None:
+        reuse.waiting = []
 
 
 def samples_of(batch: dict[str, Any]) -> tuple[list[Place], list[Piece]]:

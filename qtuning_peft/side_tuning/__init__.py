@@ -1,7 +1,9 @@
-"""Quantized Side Tuning (QST, ACL 2024): a small trained network beside a frozen, quantized base."""
+"""Quantized Side Tuning (QST, ACL 2024): a small trained network beside a frozen, quantized base.
 
-from .config import SideTuningConfig
-from .model import SideTuningModel
-from .projection import fit_projections
+`network` is the mathematics, `follow` how a pass of the base is followed, `peft` what PEFT sees.
+"""
+
+from .follow import fit_projections
+from .peft import SideTuningConfig, SideTuningModel
 
 __all__ = ["SideTuningConfig", "SideTuningModel", "fit_projections"]

@@ -1,6 +1,6 @@
 """Quantized Side Tuning as a PEFT tuner (Zhang et al., ACL 2024, arXiv 2401.07159).
 
-    h = mix(f_N, g_N),   g_i = side block i of the frozen base's hidden states      (see `config` for the equations)
+    h = mix(f_N, g_N),   g_i = side block i of the frozen base's hidden states      (see `network` for the equations)
 
 The tuner targets one module, the decoder's final norm; `SideTuningLayer` takes its place. Switching, disabling,
 deleting and unloading adapters is PEFT's own machinery on that layer.
@@ -20,17 +20,16 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .._register import PREFIX
-from ..head import is_causal
-from ..loss import chunked_cross_entropy
-from .adapter_files import check_adapter, without_adapter_name
-from .base_states import side_tuning_layer
+from ...head import is_causal
+from ...loss import chunked_cross_entropy
+from ...reading import reading_from, unsupervised_columns
+from ..follow import Decoder, find_decoder
+from ..network import SideNetwork
 from .config import SideTuningConfig
-from .decoder import DecoderSpec, find_decoder
+from .files import check_adapter, without_adapter_name
 from .layer import MERGE_REFUSAL, SideTuningLayer
-from .network import SideNetwork, side_heads, side_width
-from .safe_loading import CONTAINER, check_file, tokenizer_fingerprint
-from .shared_prefix import unsupervised_columns
+from .peft_type import PREFIX
+from .untrusted import CONTAINER, check_file, tokenizer_fingerprint
 
 PEFT_PREFIX = "base_model.model."
 # Arguments of a causal model that its decoder does not have, or that its loss has no use for.
@@ -85,21 +84,20 @@ class SideTuningModel(BaseTuner):
         return CausalLMOutputWithPast(loss=loss)
 
     def _reading(self, given: dict[str, Any]) -> AbstractContextManager[None]:
-        # Nothing is left out but while training; generation need not look for the layer at every token.
-        layer = side_tuning_layer(self.model) if self.training else None
-        if layer is None:
+        if not self.training:
             return nullcontext()
         if is_causal(self.model):
-            return layer.reading_from(lambda: unsupervised_columns(given.get("labels")))
+            return reading_from(lambda: unsupervised_columns(given.get("labels")))
         # transformers' classifiers read the last token of a row.
         of_rows = type(self.model).__name__.endswith("ForSequenceClassification") and "input_ids" in given
-        return layer.reading_from(lambda: given["input_ids"].shape[-1] if of_rows else 0)
+        return reading_from(lambda: given["input_ids"].shape[-1] if of_rows else 0)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, SideTuningConfig)
         self._refuse_other_adapters()
-        spec = find_decoder(self.model)
-        for name, actual in (("base_hidden_size", spec.hidden_size), ("base_num_layers", len(spec.blocks))):
+        decoder = find_decoder(self.model)
+        shape = decoder.shape
+        for name, actual in (("base_hidden_size", shape.hidden_size), ("base_num_layers", shape.num_layers)):
             recorded = getattr(peft_config, name)
             if recorded not in (None, actual):
                 raise ValueError(
@@ -107,19 +105,19 @@ class SideTuningModel(BaseTuner):
                     f"{f', {peft_config.base_model_name_or_path}' if peft_config.base_model_name_or_path else ''}."
                 )
             setattr(peft_config, name, actual)
-        if peft_config.downsample_rank > spec.hidden_size:
+        if peft_config.downsample_rank > shape.hidden_size:
             raise ValueError(
                 f"downsample_rank is {peft_config.downsample_rank}, more than the base's hidden size of "
-                f"{spec.hidden_size}; choose a rank of at most that."
+                f"{shape.hidden_size}; choose a rank of at most that."
             )
-        self._refuse_trainable_modules_in_base(peft_config, spec)
+        self._refuse_trainable_modules_in_base(peft_config, decoder)
         # Recorded, so that an adapter stays what it is should the default ever change: no tensor's shape depends on it.
-        peft_config.num_side_heads = side_heads(peft_config, spec, side_width(peft_config, spec))
-        peft_config.target_modules = [spec.norm_path]
+        peft_config.num_side_heads = peft_config.heads(shape)
+        peft_config.target_modules = [decoder.norm_path]
         if peft_config.origin is None:
             self._record_base(peft_config)
         else:
-            check_file(peft_config.origin.weights(), dict(self._tensors_in_a_file(peft_config, spec)))
+            check_file(peft_config.origin.weights(), dict(self._tensors_in_a_file(peft_config, decoder)))
             self._warn_of_another_base(peft_config)
         return peft_config
 
@@ -156,23 +154,23 @@ class SideTuningModel(BaseTuner):
                 stacklevel=2,
             )
 
-    def _tensors_in_a_file(self, config: SideTuningConfig, spec: DecoderSpec) -> Iterator[tuple[str, torch.Tensor]]:
+    def _tensors_in_a_file(self, config: SideTuningConfig, decoder: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and shapes of what an adapter of this configuration holds on disk."""
         with torch.device("meta"):
-            network = SideNetwork(config, spec)
+            network = SideNetwork(config, decoder.shape)
         for key, tensor in network.state_dict().items():
-            yield f"{PEFT_PREFIX}{spec.norm_path}.{CONTAINER}.{key}", tensor
-        for path, module in self._modules_outside_decoder(spec):
+            yield f"{PEFT_PREFIX}{decoder.norm_path}.{CONTAINER}.{key}", tensor
+        for path, module in self._modules_outside_decoder(decoder):
             if f"{PEFT_PREFIX}{path}".endswith(tuple(config.modules_to_save or ())):
                 for key, tensor in module.state_dict().items():
                     yield f"{PEFT_PREFIX}{path}.{key}", tensor
 
-    def _modules_outside_decoder(self, spec: DecoderSpec) -> list[tuple[str, nn.Module]]:
+    def _modules_outside_decoder(self, decoder: Decoder) -> list[tuple[str, nn.Module]]:
         wrappers = {path: m for path, m in self.model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
         return [
             (path, wrappers[path].original_module if path in wrappers else module)
             for path, module in self.model.named_modules()
-            if not _is_in_or_around(path, spec.norm_path.rpartition(".")[0])
+            if not _is_in_or_around(path, decoder.norm_path.rpartition(".")[0])
             and not path.startswith(tuple(f"{wrapper}." for wrapper in wrappers))
         ]
 
@@ -186,9 +184,9 @@ class SideTuningModel(BaseTuner):
                 "reach; call merge_and_unload() or unload() first."
             )
 
-    def _refuse_trainable_modules_in_base(self, config: SideTuningConfig, spec: DecoderSpec) -> None:
+    def _refuse_trainable_modules_in_base(self, config: SideTuningConfig, decoder: Decoder) -> None:
         # As PEFT matches them: anything that ends so, even within a word.
-        outside = {path for path, _ in self._modules_outside_decoder(spec)}
+        outside = {path for path, _ in self._modules_outside_decoder(decoder)}
         inside = [f"{PEFT_PREFIX}{path}".rstrip(".") for path, _ in self.model.named_modules() if path not in outside]
         for name in config.modules_to_save or ():
             if any(path.endswith(name) for path in inside):
@@ -217,14 +215,14 @@ class SideTuningModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, SideTuningConfig)
-        spec = find_decoder(self.model)
+        decoder = find_decoder(self.model)
         if isinstance(target, SideTuningLayer):
-            target.update_layer(adapter_name, peft_config, spec)
+            target.update_layer(adapter_name, peft_config, decoder.shape)
             return
-        layer = SideTuningLayer(target, spec)
-        layer.update_layer(adapter_name, peft_config, spec)
+        layer = SideTuningLayer(target, decoder)
+        layer.update_layer(adapter_name, peft_config, decoder.shape)
         layer.set_adapter(self.active_adapters)
-        layer.attach_to_base(spec)
+        layer.attach_to_base(decoder)
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""A stranger's adapter is data: what is checked in its files before any of it is used.
+"""An untrusted adapter is data: what is checked in its files before any of it is used.
 
 PEFT and transformers read the config, attach the adapter, and only then open the weights: a bad file would be noticed
 with a random side network already in the base. So a config remembers where it was read (`Origin`), and the tuner
@@ -26,7 +26,6 @@ from safetensors import SafetensorError, safe_open
 CONTAINER = "qst_side_network"
 FILE_DTYPES = ("F32", "F16", "BF16")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-LARGEST_SIZE = 2**20
 LARGEST_TEXT = 2**10
 LARGEST_HEADER = 2**24
 LARGEST_TOKENIZER = 2**26

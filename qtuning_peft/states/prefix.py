@@ -1,18 +1,18 @@
-"""What every row begins with, computed once: its keys and values stay valid, because the base never changes.
+"""Prefix caching: the prompt prefix that rows share is computed once, as the base never changes.
 
     keys, values (batch, heads, P + rest, size) = [of the prefix, one row for all ; of the rest of each row]
 
-A system prompt, or worked examples before every question, are the same P tokens in every row. Under LoRA their keys and
-values change with every step; beside a frozen base (QST, ACL 2024, section 3) they are computed once, and a pass only
-runs over the rest. Side blocks that do not attend read nothing of the prefix, so that loss and gradient are those of
-the whole rows, up to rounding. The prefix's own positions hold the base's hidden states: it is left out only while
-training, by a loss that says that none of them is read.
+A system prompt, or few-shot examples before every question, are the same P tokens in every row. Under LoRA their keys
+and values change with every step; beside a frozen base (QST, ACL 2024, section 3) they are computed once, and a pass
+runs over the rest alone. Side blocks that do not attend read nothing of the prefix, so that loss and gradient are those
+of the whole rows, up to rounding. The prefix's own positions hold the base's hidden states: it is left out only while
+training, by a loss that declares that none of them is read (see `reading`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +20,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ..loss import IGNORE_INDEX
-from .base_states import MORE_OUTPUTS, BaseStates
-
-if TYPE_CHECKING:
-    from .layer import SideTuningLayer
+from ..reading import IGNORE_INDEX
+from ..side_tuning.follow import Follower
 
 # Columns that say which tokens are supervised, and the value of one that is not.
 SUPERVISION = {"labels": IGNORE_INDEX, "completion_mask": 0, "assistant_masks": 0}
@@ -53,7 +50,7 @@ class PrefixLayer(DynamicLayer):
         )
 
 
-class SharedPrefix:
+class PromptPrefix:
     """Tokens that rows begin with, and what the base computes for them.
 
     Args:
@@ -65,44 +62,48 @@ class SharedPrefix:
         # For every precision that passes are made in: the cache, and the last hidden state (1, P, d).
         self._computed: dict[Any, tuple[Cache, Tensor]] = {}
 
-    def begins(self, input_ids: Any, arguments: Mapping[str, Any]) -> bool:
-        """Whether a decoder called with `input_ids` (batch, length) and `arguments` can leave the prefix out."""
-        prefix = len(self.input_ids)
-        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.shape[1] <= prefix:
-            return False
-        given = {
-            name: value
-            for name, value in arguments.items()
-            if name != "input_ids" and value is not None and value is not False
-        }
-        if given.pop("return_dict", True) is not True or any(name in given for name in (*MORE_OUTPUTS, "use_cache")):
-            return False
-        mask, positions = given.pop("attention_mask", None), given.pop("position_ids", None)
-        if any(isinstance(value, Tensor) and value.dim() for value in given.values()):
-            return False  # boundaries of packed rows, image features: who knows whose columns they are
-        attended = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
-        if not isinstance(attended, Tensor) or attended.shape != input_ids.shape or not attended[:, :prefix].all():
-            return False
-        counted = torch.arange(input_ids.shape[1], device=input_ids.device)
-        if positions is not None and not ((positions == counted) | (attended == 0)).all():
-            return False
-        return bool((input_ids[:, :prefix] == self.input_ids.to(input_ids.device)).all())
+    def begins(self, inputs: Mapping[str, Any], first_read: int | None) -> bool:
+        """Whether all rows of a pass that may be served begin with the prefix, and nobody reads its positions.
 
-    def without(self, value: Any) -> Any:
-        """`value`, less the prefix's columns where it is an integer tensor (batch, length)."""
-        return value[:, len(self.input_ids) :] if isinstance(value, Tensor) else value
+        Args:
+            inputs: The decoder's arguments.
+            first_read: No hidden state before column `first_read` - 1 is read; `None` if that is not known.
+        """
+        length, input_ids, mask = len(self.input_ids), inputs["input_ids"], inputs.get("attention_mask")
+        # The last of the prefix must not be what predicts a supervised token.
+        if first_read is None or first_read <= length or input_ids.shape[1] <= length:
+            return False
+        if mask is not None and not mask[:, length - 1].all():
+            return False
+        return bool((input_ids[:, :length] == self.input_ids.to(input_ids.device)).all())
+
+    def left_out(self, follower: Follower, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+        """The decoder's arguments for the rest of each row, and its last hidden state for the prefix, (1, P, d)."""
+        input_ids: Tensor = inputs["input_ids"]
+        cache, hidden_states = self._states(follower, input_ids.device)
+        rest = {
+            name: inputs[name][:, len(self.input_ids) :]
+            for name in ("input_ids", "position_ids")
+            if _given(inputs, name)
+        }
+        return {**inputs, **rest, "past_key_values": cache}, hidden_states
+
+    @staticmethod
+    def put_back(hidden_states: Tensor, output: Any) -> Any:
+        """A decoder's `output` for the rest of each row, with the prefix's `hidden_states` (1, P, d) in front."""
+        rest = output.last_hidden_state  # (batch, rest, d)
+        whole = torch.cat([hidden_states.to(rest).expand(rest.shape[0], -1, -1), rest], dim=1)
+        others = {name: output[name] for name in output if name not in ("last_hidden_state", "past_key_values")}
+        return type(output)(last_hidden_state=whole, **others)
 
     @torch.no_grad()
-    def computed(self, layer: SideTuningLayer, run: Callable[..., Any], device: torch.device) -> tuple[Cache, Tensor]:
-        """The prefix's keys and values, and the base's last hidden state for it, (1, P, d)."""
+    def _states(self, follower: Follower, device: torch.device) -> tuple[Cache, Tensor]:
         autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-        place = device, autocast, next(layer.decoder.parameters()).dtype
+        place = device, autocast, next(follower.decoder.parameters()).dtype
         if place not in self._computed:
             input_ids = self.input_ids[None].to(device)  # (1, P)
             cache = DynamicCache()
-            # Recorded, so that the side network rests.
-            with layer.recording(BaseStates(input_ids)), layer.following(layer.decoder):
-                output = run(input_ids=input_ids, past_key_values=cache, use_cache=True)
+            output = follower.run(None, input_ids=input_ids, past_key_values=cache, use_cache=True)
             cache = Cache(layers=[PrefixLayer(filled) for filled in cache.layers])
             self._computed[place] = cache, output.last_hidden_state
         return self._computed[place]
@@ -111,38 +112,13 @@ class SharedPrefix:
         return {"input_ids": self.input_ids, "_computed": {}}
 
 
-def unsupervised_columns(labels: Any) -> int:
-    """Number of columns at the left of `labels` (batch, length) in which no row is supervised."""
-    if not isinstance(labels, Tensor) or labels.dim() != 2:
-        return 0
-    supervised = (labels != IGNORE_INDEX).any(dim=0).nonzero()
-    return int(supervised[0]) if len(supervised) else labels.shape[1]
-
-
-def depends_on_length(config: Any) -> bool:
-    """Whether a token's states depend on what comes after it: on the length, or by attention in both directions."""
-
-    def kinds(parameters: Any) -> Iterator[Any]:
-        if isinstance(parameters, Mapping):
-            yield parameters.get("rope_type")
-            for value in parameters.values():
-                yield from kinds(value)
-
-    changing = {"dynamic", "longrope"} & set(kinds(getattr(config, "rope_parameters", None)))
-    return bool(changing) or getattr(config, "is_causal", True) is False
+def _given(inputs: Mapping[str, Any], name: str) -> bool:
+    return inputs.get(name) is not None
 
 
 def is_prefix(cache: Any) -> bool:
-    """Whether `cache` holds a shared prefix."""
+    """Whether `cache` holds a prompt prefix."""
     return isinstance(cache, Cache) and bool(cache.layers) and isinstance(cache.layers[0], PrefixLayer)
-
-
-def with_prefix(prefix: Tensor, output: Any) -> Any:
-    """A decoder's `output` for the rest of each row, with the prefix's hidden state (1, P, d) in front."""
-    rest = output.last_hidden_state  # (batch, rest, d)
-    hidden_states = torch.cat([prefix.to(rest).expand(rest.shape[0], -1, -1), rest], dim=1)
-    others = {name: output[name] for name in output if name not in ("last_hidden_state", "past_key_values")}
-    return type(output)(last_hidden_state=hidden_states, **others)
 
 
 def common_prefix(rows: Iterable[Mapping[str, Any]]) -> list[int]:

@@ -15,41 +15,29 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
+from ..network import BaseShape
+
 ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass(frozen=True)
-class DecoderSpec:
-    """The parts of the base that a side network is built from.
+class Decoder:
+    """The parts of the base that a side network is attached to.
 
     Attributes:
-        decoder: The module that owns the block list.
+        module: The module that owns the block list.
         blocks: The transformer blocks.
         norm_path: Path of the final norm in the whole model.
-        config: The (text) configuration of the base.
-        hidden_size: Width d of the hidden states.
-        intermediate_size: Width of the base's MLP.
-        activation: Name of the MLP's activation, a key of `transformers.activations.ACT2FN`.
-        gated_mlp: Whether the MLP multiplies by a gate.
-        centered_norm: Whether the norm subtracts the mean and has a bias (LayerNorm), or not (RMSNorm).
-        norm_eps: The norm's epsilon.
-        rotary: Whether the base has rotary positions.
+        shape: The dimensions that the side network follows.
     """
 
-    decoder: nn.Module
+    module: nn.Module
     blocks: nn.ModuleList
     norm_path: str
-    config: PretrainedConfig
-    hidden_size: int
-    intermediate_size: int
-    activation: str
-    gated_mlp: bool
-    centered_norm: bool
-    norm_eps: float
-    rotary: bool
+    shape: BaseShape
 
 
-def find_decoder(model: nn.Module) -> DecoderSpec:
+def find_decoder(model: nn.Module) -> Decoder:
     """Find the decoder of a causal language model, or of a model with another head on one.
 
     Args:
@@ -70,11 +58,11 @@ def find_decoder(model: nn.Module) -> DecoderSpec:
         raise ValueError(f"{name} is an encoder-decoder; side tuning needs a decoder-only language model.")
     text_config = config.get_text_config(decoder=True)
 
-    seats = [path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    adapters = [path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     owners = [
         (path, module, block_list)
         for path, module in model.named_modules()
-        if not any(path.startswith(f"{seat}.") for seat in seats)
+        if not any(path.startswith(f"{adapter}.") for adapter in adapters)
         for block_list in _block_lists(module)
     ]
     if not owners:
@@ -98,18 +86,21 @@ def find_decoder(model: nn.Module) -> DecoderSpec:
 
     norm = getattr(decoder, norm_name)
     norm = norm.get_base_layer() if isinstance(norm, BaseTunerLayer) else norm
-    return DecoderSpec(
-        decoder=decoder,
+    return Decoder(
+        module=decoder,
         blocks=blocks,
         norm_path=f"{path}.{norm_name}" if path else norm_name,
-        config=text_config,
-        hidden_size=hidden_size,
-        intermediate_size=_intermediate_size(text_config) or 4 * hidden_size,
-        activation=_activation(text_config),
-        gated_mlp=any("gate" in path for path, _ in blocks[0].named_parameters()),
-        centered_norm=getattr(norm, "bias", None) is not None,
-        norm_eps=float(_first(norm, "variance_epsilon", "eps") or 1e-6),
-        rotary=any(path.endswith("inv_freq") for path, _ in decoder.named_buffers()),
+        shape=BaseShape(
+            hidden_size=hidden_size,
+            num_layers=len(blocks),
+            intermediate_size=_intermediate_size(text_config) or 4 * hidden_size,
+            activation=_activation(text_config),
+            gated_mlp=any("gate" in path for path, _ in blocks[0].named_parameters()),
+            centered_norm=getattr(norm, "bias", None) is not None,
+            norm_eps=float(_first(norm, "variance_epsilon", "eps") or 1e-6),
+            rotary=any(path.endswith("inv_freq") for path, _ in decoder.named_buffers()),
+            config=text_config,
+        ),
     )
 
 

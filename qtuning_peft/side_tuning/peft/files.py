@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .config import SideTuningConfig
-from .safe_loading import CONTAINER, check_keys, check_shape, check_values
+from .untrusted import CONTAINER, check_keys, check_shape, check_values
 
 
 def without_adapter_name(key: str, adapter_name: str) -> str:

@@ -21,10 +21,10 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from ..atomic import replacing
-from .adapter_files import check_adapter
-from .base_states import side_tuning_layer
+from ...atomic import replacing
 from .config import SideTuningConfig
+from .files import check_adapter
+from .layer import SideTuningLayer
 
 LAYERS = "qst_layers_parameters.pt"
 GATES = "qst_z_parameters.pt"
@@ -90,8 +90,7 @@ def convert_checkpoint(
     # No weight of the base is needed, only its shapes.
     with torch.device("meta"):
         model = get_peft_model(AutoModelForCausalLM.from_config(config), adapter_config)
-    layer = side_tuning_layer(model)
-    assert layer is not None
+    layer = next(module for module in model.modules() if isinstance(module, SideTuningLayer))
     network = layer.qst_side_network["default"]
     tensors = _renamed(given, network.state_dict(), config)
     check_adapter(network.state_dict(), tensors)

@@ -1,0 +1,20 @@
+"""Following a pass of the frozen base: where its decoder is, who listens to it, and what is recorded of it."""
+
+from .decoder import Decoder, find_decoder
+from .fit import fit_projections
+from .follower import BlockCall, Follower, Listener, follower_of
+from .recorder import BaseStates, record_states
+from .run import SideRun
+
+__all__ = [
+    "BaseStates",
+    "BlockCall",
+    "Decoder",
+    "Follower",
+    "Listener",
+    "SideRun",
+    "find_decoder",
+    "fit_projections",
+    "follower_of",
+    "record_states",
+]

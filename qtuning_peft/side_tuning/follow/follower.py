@@ -1,0 +1,228 @@
+"""Following the base: a listener is notified of what passes through its decoder, and nothing of it enters the graph.
+
+    begin(embeddings)      block(i, output of block i) [-> changed output]      end(final norm's output) -> mixture
+
+(QST, ACL 2024, section 3: "gradients only flow in the side network".) The decoder runs as it is, in eval mode and
+without autograd, which `Follower.run` switches off around its `forward`. Hooks could not: torch runs none of them, not
+even an `always_call` one, when a pass ends in KeyboardInterrupt, and autograd would stay off in the process.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..network import SideNetwork
+
+
+class BlockCall(NamedTuple):
+    """A block of the base, and its arguments by name, the hidden states first; `None` and empty in a replay."""
+
+    block: nn.Module | None = None
+    arguments: dict[str, Any] = {}  # noqa: RUF012 (never changed; a NamedTuple takes no default factory)
+
+
+class Listener(Protocol):
+    """Is notified of one pass of the base, with the caller's grad mode.
+
+    Attributes:
+        layers: Indices of the blocks it wants to be notified of.
+    """
+
+    layers: Collection[int]
+
+    def begin(self, embeddings: Tensor, call: BlockCall) -> None:
+        """The first block is entered with `embeddings` (batch, length, d)."""
+
+    def block(self, index: int, hidden_states: Tensor, call: BlockCall) -> Tensor | None:
+        """Block `index` has returned `hidden_states` (batch, length, d); a tensor takes their place in the base."""
+
+    def end(self, normed: Tensor) -> Tensor:
+        """The final norm has returned `normed` (batch, length, d); the result is what the decoder goes on with."""
+
+
+class Host(Protocol):
+    """What a follower asks of the layer that holds the side networks."""
+
+    training: bool
+
+    def active_network(self) -> SideNetwork | None:
+        """The side network that runs beside the base now, if any."""
+
+    def make_listener(self) -> Listener | None:
+        """Who listens to the next pass."""
+
+    def prepare_base(self, decoder: nn.Module) -> None:
+        """Called before every pass."""
+
+
+class Current(threading.local):
+    """The pass that the calling thread is in; servers run several on one model."""
+
+    listener: Listener | None = None
+    outer_grad = True
+    began = ended = False
+    # Instead of the host's listener.
+    recorder: Listener | None = None
+
+    def __reduce__(self) -> tuple[type[Current], tuple[()]]:
+        # A copied or pickled model is in no pass.
+        return Current, ()
+
+
+class Follower:
+    """Stands in for a decoder's `forward`; an object, so that the model can be copied and pickled.
+
+    Args:
+        host: The layer that holds the side networks.
+        decoder: The module whose `forward` is followed.
+        blocks: Its transformer blocks.
+
+    Attributes:
+        intercept: Called instead of a plain pass, as `intercept(follower, *args, **kwargs)`, if it is set.
+    """
+
+    def __init__(self, host: Host, decoder: nn.Module, blocks: nn.ModuleList) -> None:
+        self.host, self.decoder = host, decoder
+        self.current = Current()
+        self.intercept: Callable[..., Any] | None = None
+        # Others replace `forward` too: accelerate's hooks, for one.
+        self.replaced: Callable[..., Any] | None = vars(decoder).get("forward")
+        decoder.forward = self
+        self.handles: list[RemovableHandle] = [
+            decoder.register_forward_pre_hook(_refuse_replica),
+            blocks[0].register_forward_pre_hook(self._before_first_block, with_kwargs=True),
+        ]
+        for index, block in enumerate(blocks):
+            self.handles.append(block.register_forward_hook(BlockHook(self, index), with_kwargs=True))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the decoder as its own `forward` would, followed."""
+        if self.current.recorder is not None:
+            return self.run(self.current.recorder, *args, **kwargs)
+        if self.intercept is not None:
+            return self.intercept(self, *args, **kwargs)
+        return self.run(self.host.make_listener(), *args, **kwargs)
+
+    def run(self, listener: Listener | None, *args: Any, **kwargs: Any) -> Any:
+        """Run the decoder's own forward, without autograd; `listener` is notified.
+
+        Raises:
+            RuntimeError: when the decoder ends without its final norm.
+            ValueError: when something else in the base wants a gradient.
+        """
+        current = self.current
+        self.host.prepare_base(self.decoder)
+        current.listener, current.outer_grad = listener, torch.is_grad_enabled()
+        current.began = current.ended = False
+        torch.set_grad_enabled(False)
+        try:
+            if self.replaced is not None:
+                output = self.replaced(*args, **kwargs)
+            else:
+                output = type(self.decoder).forward(self.decoder, *args, **kwargs)
+        finally:
+            torch.set_grad_enabled(current.outer_grad)
+            current.listener = None
+        if current.began and not current.ended:
+            raise RuntimeError(
+                f"{type(self.decoder).__name__} ended without the norm that the side network is attached to; "
+                "side tuning does not support this architecture yet."
+            )
+        return output
+
+    @contextmanager
+    def recording(self, recorder: Listener) -> Iterator[None]:
+        """In this thread's passes of this context `recorder` is notified, and nobody else."""
+        self.current.recorder = recorder
+        try:
+            yield
+        finally:
+            self.current.recorder = None
+
+    def _before_first_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        current = self.current
+        if current.listener is not None:
+            arguments = _by_name(block, args, kwargs)
+            embeddings = next(iter(arguments.values())).detach()  # (batch, length, d)
+            with torch.set_grad_enabled(current.outer_grad):
+                current.listener.begin(embeddings, BlockCall(block, arguments))
+            current.began = True
+
+    def after_norm(self, normed: Tensor) -> Tensor:
+        """What the decoder goes on with behind its final norm, which has returned `normed` (batch, length, d)."""
+        current = self.current
+        if current.listener is None:
+            return normed
+        current.ended = True
+        # Left on: what the decoder does behind its norm (a view, a projection) is on the way to the loss.
+        torch.set_grad_enabled(current.outer_grad)
+        return current.listener.end(normed)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.replaced or type(self.decoder).forward.__get__(self.decoder))
+
+    def detach(self) -> None:
+        """Remove the hooks, and give the decoder its own `forward` back, unless somebody has wrapped this one since."""
+        for handle in self.handles:
+            handle.remove()
+        if vars(self.decoder).get("forward") is self:
+            if self.replaced is None:
+                del self.decoder.forward
+            else:
+                self.decoder.forward = self.replaced
+
+
+class BlockHook:
+    """Forward hook of one block; an object, for the same reason."""
+
+    def __init__(self, follower: Follower, index: int) -> None:
+        self.follower, self.index = follower, index
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Notify the listener of the block's output, and hand on what it makes of it."""
+        current = self.follower.current
+        if current.listener is None or self.index not in current.listener.layers:
+            return None
+        call = BlockCall(block, _by_name(block, args, kwargs))
+        hidden_states = (output[0] if isinstance(output, tuple) else output).detach()  # (batch, length, d)
+        with torch.set_grad_enabled(current.outer_grad):
+            changed = current.listener.block(self.index, hidden_states, call)
+        if changed is None:
+            return None
+        return (changed.detach(), *output[1:]) if isinstance(output, tuple) else changed.detach()
+
+
+def follower_of(model: nn.Module) -> Follower | None:
+    """The follower of `model`'s decoder, if a side network was attached to it."""
+    found = (getattr(module, "follower", None) for module in model.modules())
+    return next((follower for follower in found if isinstance(follower, Follower)), None)
+
+
+@lru_cache(maxsize=256)
+def _positional(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def _by_name(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A block's arguments by name, the hidden states first; families pass different ones by position."""
+    names = _positional(type(block).forward)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return given if args else {names[0]: given.pop(names[0]), **given}
+
+
+def _refuse_replica(decoder: nn.Module, args: tuple[Any, ...]) -> None:
+    if getattr(decoder, "_is_replica", False):
+        raise RuntimeError(
+            "nn.DataParallel replicates modules in threads, which side tuning cannot follow; launch with "
+            "'accelerate launch' or torchrun, or make one GPU visible with CUDA_VISIBLE_DEVICES."
+        )

@@ -1,0 +1,124 @@
+"""A side network's settings as PEFT stores them in ``adapter_config.json``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from reprlib import repr as short
+from typing import Any
+
+from peft import PeftConfig
+
+from ..network import NetworkSettings
+from ..network.settings import check_bool, check_integer
+from .peft_type import QST
+from .untrusted import Origin, check_names, check_text
+
+
+@dataclass
+class SideTuningConfig(NetworkSettings, PeftConfig):
+    """Configuration of [`SideTuningModel`], Quantized Side Tuning (Zhang et al., ACL 2024, arXiv 2401.07159).
+
+    The settings of the side network are those of [`NetworkSettings`]; `SideTuningConfig.paper()` and
+    `SideTuningConfig.reference()` are the publication and its authors' code.
+
+    Args:
+        target_modules (`list[str]`, *optional*):
+            Filled in with the path of the base's final norm, where the side network attaches.
+        modules_to_save (`list[str]`, *optional*):
+            Further modules to train and save, such as a classification head. They must lie behind the final norm:
+            no gradient ever reaches the base.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
+            Present because trainers read it; must stay `None`, the embeddings are part of the frozen base.
+        base_hidden_size (`int`, *optional*), base_num_layers (`int`, *optional*):
+            Filled in from the base; an adapter is refused on a base of other dimensions.
+        tokenizer_fingerprint (`str`, *optional*):
+            Filled in where the base's tokenizer is known; an adapter warns beside another vocabulary.
+
+    Raises:
+        ValueError: when a value is out of its range or contradicts another, naming the field.
+    """
+
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Filled in with the path of the base's final norm. Leave it unset."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Further modules to train and save, such as a classification head behind the final norm."},
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Must stay unset: the embeddings are part of the frozen base."}
+    )
+    base_hidden_size: int | None = field(
+        default=None, metadata={"help": "Filled in: hidden size of the base the adapter belongs to."}
+    )
+    base_num_layers: int | None = field(
+        default=None, metadata={"help": "Filled in: number of blocks of the base the adapter belongs to."}
+    )
+    tokenizer_fingerprint: str | None = field(
+        default=None, metadata={"help": "Filled in: which vocabulary the adapter was trained with, where known."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("base_model_name_or_path", "revision", "task_type", "peft_version", "tokenizer_fingerprint"):
+            check_text(name, getattr(self, name))
+        PeftConfig.__post_init__(self)
+        # Where this config was read, until its weights are in. No field: it is not saved.
+        self.origin: Origin | None = None
+        self.peft_type = QST
+        # It names a class for AutoPeftModel to import.
+        self.auto_mapping = None
+        check_bool("inference_mode", self.inference_mode)
+        if not isinstance(self.target_modules, str):
+            check_names("target_modules", self.target_modules)
+        check_names("modules_to_save", self.modules_to_save)
+        for name in ("base_hidden_size", "base_num_layers"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), least=1)
+        NetworkSettings.__post_init__(self)
+        if self.trainable_token_indices is not None:
+            raise ValueError(
+                f"trainable_token_indices is {short(self.trainable_token_indices)}, but the embeddings belong to the "
+                "base, which no gradient reaches; leave it unset."
+            )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # PEFT and transformers name the base when they make a new adapter: then the config is a file's no more.
+        if name == "base_model_name_or_path":
+            super().__setattr__("origin", None)
+        super().__setattr__(name, value)
+
+    @classmethod
+    def paper(cls, **options: Any) -> SideTuningConfig:
+        """The side network as published (ACL 2024, section 3).
+
+        Its output gate starts at one, so that nothing but that gate has a gradient in the first step.
+
+        Args:
+            **options: Fields that differ.
+        """
+        published = {"reduction_factor": 16, "downsample": "adapter", "downsample_norm": False, "mixing": "paper"}
+        return cls(**{**published, "center_taps": False, "side_attention": True, "tap_every": 1, **options})
+
+    @classmethod
+    def reference(cls, **options: Any) -> SideTuningConfig:
+        """The side network as the authors' code computes it; there, it has as many heads as the base.
+
+        Args:
+            **options: Fields that differ.
+        """
+        return cls.paper(**{"downsample_norm": True, "mixing": "reference", **options})
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Read a config as PEFT does, and remember where, so that the weights are checked before they are loaded."""
+        folder = os.fspath(pretrained_model_name_or_path)
+        config: PeftConfig = super().from_pretrained(folder, subfolder, **kwargs)
+        if isinstance(config, SideTuningConfig):
+            config.origin = Origin(folder, subfolder, cls._split_kwargs(kwargs)[0])
+            if isinstance(config.target_modules, str):
+                # PEFT would run an untrusted regular expression, before the tuner fills in the path of the norm.
+                config.target_modules = None
+        return config

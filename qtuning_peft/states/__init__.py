@@ -1,0 +1,7 @@
+"""Reuse of the base's work: the prompt prefix, the hidden-state cache, and states recorded for a coming batch."""
+
+from .memory import HiddenStateCache
+from .prefix import PromptPrefix, common_prefix
+from .reuse import Reuse, cache_states, may_serve, reuse_of
+
+__all__ = ["HiddenStateCache", "PromptPrefix", "Reuse", "cache_states", "common_prefix", "may_serve", "reuse_of"]

@@ -1,0 +1,169 @@
+"""Reuse of the base's work: where a decoder's output comes from when the base need not run, or not over whole rows.
+
+In this order: states recorded for this very batch, the prompt prefix, the hidden-state cache, and else a plain pass;
+`may_serve` says whether a pass may be served at all. The base never changes (QST, ACL 2024, section 3), and a
+position-wise side network reads nothing but the base's states at its position: so what is reused gives the same loss
+and gradient, up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..reading import first_column
+from ..side_tuning.follow import BaseStates, Follower, follower_of
+from .memory import HiddenStateCache
+from .prefix import PromptPrefix
+
+MAX_WAITING = 2
+# Arguments of a decoder that ask for, or bring, more than the last hidden state.
+MORE = ("output_hidden_states", "output_attentions", "output_router_logits", "past_key_values")
+# Those that a row's states may depend on.
+ROW_ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "return_dict"}
+
+
+class Reuse:
+    """Serves the passes of one follower; see `Follower.intercept`.
+
+    Attributes:
+        prefix: The prompt prefix that is left out of rows that begin with it, if any.
+        cache: The hidden-state cache, if any.
+        waiting: States recorded for coming batches.
+    """
+
+    def __init__(self) -> None:
+        self.prefix: PromptPrefix | None = None
+        self.cache: HiddenStateCache | None = None
+        self.waiting: list[BaseStates] = []
+
+    def cache_prefix(self, input_ids: Sequence[int]) -> None:
+        """Compute the tokens `input_ids` once for all rows that begin with them; none for an empty list."""
+        self.prefix = PromptPrefix(input_ids) if len(input_ids) else None
+        if self.cache is not None:  # of rows behind another prefix
+            self.cache = HiddenStateCache(self.cache.budget, self.cache.layers)
+
+    def serve_next(self, states: BaseStates) -> None:
+        """Let the next training pass over the same input take `states` for the base's.
+
+        At most two wait, each for its own input, as trainers fetch one batch ahead of the step: more would cost more
+        memory than the base's pass costs time. One that is taken makes those that waited longer go away.
+        """
+        self.waiting = [*self.waiting, states][-MAX_WAITING:]
+
+    def __call__(self, follower: Follower, *args: Any, **kwargs: Any) -> Any:
+        """What the decoder returns."""
+        inputs = {"input_ids": args[0], **kwargs} if len(args) == 1 else kwargs
+        if len(args) <= 1 and may_serve(follower, inputs, by_row=False):
+            states = self._recorded_for(inputs)
+            if states is not None:
+                return states.replay(follower.host.make_listener())
+            if (self.prefix or self.cache) and may_serve(follower, inputs, by_row=True):
+                if self.prefix is None or not self.prefix.begins(inputs, first_column()):
+                    return self._cached(follower, inputs)
+                rest, hidden_states = self.prefix.left_out(follower, inputs)
+                return self.prefix.put_back(hidden_states, self._cached(follower, rest))
+        return follower.run(follower.host.make_listener(), *args, **kwargs)
+
+    def _recorded_for(self, inputs: Mapping[str, Any]) -> BaseStates | None:
+        for index, states in enumerate(self.waiting):
+            if _same_inputs(states, inputs):
+                del self.waiting[: index + 1]
+                return states
+        return None
+
+    def _cached(self, follower: Follower, inputs: dict[str, Any]) -> Any:
+        listener = follower.host.make_listener()
+        if self.cache is not None and listener is not None and self.cache.layers == listener.layers:
+            states = self.cache.states(follower, inputs)
+            if states is not None:
+                return states.replay(listener)
+        return follower.run(listener, **inputs)
+
+
+def may_serve(follower: Follower, inputs: Mapping[str, Any], by_row: bool) -> bool:
+    """Whether what the base computed earlier may answer a pass.
+
+    In training steps alone: evaluation may read any position, and sees each row once. The pass must ask for the last
+    hidden state and nothing more. From other batches, row by row, it may be answered only where a position's states
+    depend on nothing but the tokens up to it: rows padded at the right and not packed, positions counted from 0, a
+    causal base whose positions do not depend on the length, and side blocks that do not attend.
+
+    Args:
+        follower: The follower of the decoder.
+        inputs: The decoder's arguments.
+        by_row: Whether from other batches than this very one.
+    """
+    network = follower.host.active_network() if follower.host.training and torch.is_grad_enabled() else None
+    if network is None or any(inputs.get(name) for name in MORE):
+        return False
+    if not by_row:
+        return True
+    given = {name for name, value in inputs.items() if value is not None and value is not False and not _scalar(value)}
+    input_ids, mask, positions = (inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+    if network.attends or not given <= ROW_ARGUMENTS or not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+        return False
+    if depends_on_length(getattr(follower.decoder, "config", None)):
+        return False
+    attended = torch.ones_like(input_ids) if mask is None else mask
+    if not isinstance(attended, Tensor) or attended.shape != input_ids.shape:
+        return False
+    padded_right = (attended[:, 1:] <= attended[:, :-1]).all()
+    if positions is None:
+        return bool(padded_right)
+    counted = positions == torch.arange(input_ids.shape[1], device=input_ids.device)
+    return bool(padded_right and (counted | (attended == 0)).all())
+
+
+def depends_on_length(config: Any) -> bool:
+    """Whether a token's states depend on what comes after it: on the length, or by attention in both directions."""
+
+    def kinds(parameters: Any) -> Iterator[Any]:
+        if isinstance(parameters, Mapping):
+            yield parameters.get("rope_type")
+            for value in parameters.values():
+                yield from kinds(value)
+
+    changing = {"dynamic", "longrope"} & set(kinds(getattr(config, "rope_parameters", None)))
+    return bool(changing) or getattr(config, "is_causal", True) is False
+
+
+def reuse_of(model: nn.Module) -> Reuse | None:
+    """What serves the passes of `model`'s base, attached when it is first asked for; `None` without a side network."""
+    follower = follower_of(model)
+    if follower is None:
+        return None
+    if not isinstance(follower.intercept, Reuse):
+        follower.intercept = Reuse()
+    return follower.intercept
+
+
+def cache_states(model: nn.Module, budget: int) -> None:
+    """Cache the base's states of rows that the active adapter trains on, in `budget` bytes; none for zero."""
+    follower, reuse = follower_of(model), reuse_of(model)
+    if follower is not None and reuse is not None:
+        network = follower.host.active_network()
+        reuse.cache = HiddenStateCache(budget, network.layers) if budget and network is not None else None
+
+
+def _scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.dim()
+
+
+def _same_inputs(states: BaseStates, inputs: Mapping[str, Any]) -> bool:
+    names = ["attention_mask"]
+    # Some models count positions themselves before they call their decoder.
+    if states.inputs.get("position_ids") is not None:
+        names.append("position_ids")
+    return _same(states.input_ids, inputs.get("input_ids")) and all(
+        _same(states.inputs.get(name), inputs.get(name)) for name in names
+    )
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.equal(first, second.to(first.device))
+    return first is second
