@@ -340,7 +340,7 @@ def test_recorded_states_are_the_base_alone() -> None:
         output = model(input_ids=input_ids, output_hidden_states=True)
     torch.testing.assert_close(states.normed, output.hidden_states[-1], rtol=0, atol=0)
     torch.testing.assert_close(states.embeddings, output.hidden_states[0], rtol=0, atol=0)
-    torch.testing.assert_close(states.blocks[0][2], output.hidden_states[1], rtol=0, atol=0)
+    torch.testing.assert_close(states.taps()[1], output.hidden_states[1], rtol=0, atol=0)
     with pytest.raises(ValueError, match="no active side network"):
         record_states(tiny(), input_ids)
 

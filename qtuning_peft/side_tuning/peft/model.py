@@ -114,24 +114,17 @@ class SideTuningModel(BaseTuner):
         # Recorded, so that an adapter stays what it is should the default ever change: no tensor's shape depends on it.
         peft_config.num_side_heads = peft_config.heads(shape)
         peft_config.target_modules = [decoder.norm_path]
+        commit = getattr(self.model.config, "_commit_hash", None)
+        vocabulary = tokenizer_fingerprint(getattr(self.model, "name_or_path", None), commit)
         if peft_config.origin is None:
-            self._record_base(peft_config)
+            peft_config.revision = peft_config.revision or commit
+            peft_config.tokenizer_fingerprint = peft_config.tokenizer_fingerprint or vocabulary
         else:
             check_file(peft_config.origin.weights(), dict(self._tensors_in_a_file(peft_config, decoder)))
-            self._warn_of_another_base(peft_config)
+            self._warn_of_another_base(peft_config, vocabulary)
         return peft_config
 
-    def _record_base(self, config: SideTuningConfig) -> None:
-        commit = getattr(self.model.config, "_commit_hash", None)
-        config.revision = config.revision or commit
-        config.tokenizer_fingerprint = config.tokenizer_fingerprint or self._base_tokenizer()
-
-    def _base_tokenizer(self) -> str | None:
-        return tokenizer_fingerprint(
-            getattr(self.model, "name_or_path", None), getattr(self.model.config, "_commit_hash", None)
-        )
-
-    def _warn_of_another_base(self, config: SideTuningConfig) -> None:
+    def _warn_of_another_base(self, config: SideTuningConfig, vocabulary: str | None) -> None:
         assert config.origin is not None
         recorded, actual = config.base_model_name_or_path, getattr(self.model, "name_or_path", None)
         if recorded and actual and recorded != actual:
@@ -143,7 +136,7 @@ class SideTuningModel(BaseTuner):
         vocabularies = {
             "recorded in the adapter": config.tokenizer_fingerprint,
             "saved beside it": config.origin.tokenizer(),
-            "of the base": self._base_tokenizer(),
+            "of the base": vocabulary,
         }
         known = {owner: fingerprint for owner, fingerprint in vocabularies.items() if fingerprint}
         if len(set(known.values())) > 1:
@@ -175,9 +168,8 @@ class SideTuningModel(BaseTuner):
         ]
 
     def _refuse_other_adapters(self) -> None:
-        others = {type(m).__name__ for m in self.model.modules() if isinstance(m, BaseTunerLayer)} - {
-            SideTuningLayer.__name__
-        }
+        tuned = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
+        others = {type(m).__name__ for m in tuned if not isinstance(m, SideTuningLayer)}
         if others:
             raise ValueError(
                 f"The base already carries another adapter ({', '.join(sorted(others))}), which no gradient would "
@@ -205,15 +197,9 @@ class SideTuningModel(BaseTuner):
         return key in (peft_config.target_modules or ())
 
     def _create_and_replace(
-        self,
-        peft_config: PeftConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
+        self, peft_config: PeftConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
+        *args: Any, **kwargs: Any,
+    ) -> None:  # fmt: skip
         assert isinstance(peft_config, SideTuningConfig)
         decoder = find_decoder(self.model)
         if isinstance(target, SideTuningLayer):
@@ -233,11 +219,7 @@ class SideTuningModel(BaseTuner):
         raise NotImplementedError(MERGE_REFUSAL)
 
     def unload(self) -> nn.Module:
-        """Remove the side networks and their hooks.
-
-        Returns:
-            The base, as it was.
-        """
+        """Remove the side networks and their hooks; returns the base, as it was."""
         layers = [module for module in self.model.modules() if isinstance(module, SideTuningLayer)]
         base = super().unload()
         for layer in layers:
@@ -257,9 +239,8 @@ class SideTuningModel(BaseTuner):
         cls, model: Any, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         assert isinstance(config, SideTuningConfig)
-        remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
+        remapped: dict[str, torch.Tensor]
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         layer_path, layer = next((path, m) for path, m in model.named_modules() if isinstance(m, SideTuningLayer))
         prefix = f"{layer_path}.{CONTAINER}.{adapter_name}."
         heads = f".modules_to_save.{adapter_name}."

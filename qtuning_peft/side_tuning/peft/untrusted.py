@@ -27,11 +27,12 @@ CONTAINER = "qst_side_network"
 FILE_DTYPES = ("F32", "F16", "BF16")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LARGEST_TEXT = 2**10
+NO_SAFETENSORS = (
+    f"{{}} has no readable {SAFETENSORS_WEIGHTS_NAME}, and {WEIGHTS_NAME} is not read because it is a pickle, which "
+    "can carry code; ask for the adapter as save_pretrained() writes it."
+)
 LARGEST_HEADER = 2**24
 LARGEST_TOKENIZER = 2**26
-
-
-# -- config --------------------------------------------------------------------------------------------------------
 
 
 def check_text(name: str, value: object) -> None:
@@ -60,9 +61,6 @@ def check_names(name: str, value: object) -> None:
         check_text(name, item)
 
 
-# -- files -----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Origin:
     """Where a config was read, and so where PEFT will look for its weights.
@@ -83,33 +81,24 @@ class Origin:
         Raises:
             ValueError: when there is none, or only pickled weights, which PEFT would go on to read.
         """
-        if not os.path.isdir(self.folder):
-            try:
-                return Path(
-                    hf_hub_download(self.folder, SAFETENSORS_WEIGHTS_NAME, subfolder=self.subfolder, **self.download)
-                )
-            except LocalEntryNotFoundError:
-                raise
-            except EntryNotFoundError as error:
-                raise ValueError(_no_safetensors(self.folder)) from error
-        here = Path(self.folder, self.subfolder or "")
-        # Not `exists`, as PEFT asks: a pipe or a device would be read for ever.
-        if not (here / SAFETENSORS_WEIGHTS_NAME).is_file():
-            raise ValueError(_no_safetensors(str(here)))
-        return here / SAFETENSORS_WEIGHTS_NAME
+        name = SAFETENSORS_WEIGHTS_NAME
+        if os.path.isdir(self.folder):
+            file = Path(self.folder, self.subfolder or "", name)
+            # Not `exists`, as PEFT asks: a pipe or a device would be read for ever.
+            if not file.is_file():
+                raise ValueError(NO_SAFETENSORS.format(file.parent))
+            return file
+        try:
+            return Path(hf_hub_download(self.folder, name, subfolder=self.subfolder, **self.download))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError as error:
+            raise ValueError(NO_SAFETENSORS.format(self.folder)) from error
 
     def tokenizer(self) -> str | None:
         """Fingerprint of the tokenizer beside the adapter, if there is one."""
-        return tokenizer_fingerprint(
-            os.path.join(self.folder, self.subfolder or ""), self.download.get("revision"), self.download
-        )
-
-
-def _no_safetensors(place: str) -> str:
-    return (
-        f"{place} has no readable {SAFETENSORS_WEIGHTS_NAME}, and {WEIGHTS_NAME} is not read because it is a pickle, "
-        "which can carry code; ask for the adapter as save_pretrained() writes it."
-    )
+        folder = os.path.join(self.folder, self.subfolder or "")
+        return tokenizer_fingerprint(folder, self.download.get("revision"), self.download)
 
 
 def check_file(file: Path, expected: Mapping[str, torch.Tensor]) -> None:
@@ -142,9 +131,6 @@ def check_file(file: Path, expected: Mapping[str, torch.Tensor]) -> None:
         raise ValueError(
             f"{file} is no valid safetensors file ({_one_line(error)}); it is damaged or cut off, get it again."
         ) from error
-
-
-# -- tensors ---------------------------------------------------------------------------------------------------------
 
 
 def check_keys(expected: Iterable[str], given: Iterable[str]) -> None:
@@ -207,9 +193,6 @@ def _some(keys: list[str]) -> str:
 
 def _one_line(error: Exception) -> str:
     return "".join(letter for letter in " ".join(str(error).split()) if letter.isprintable())[:200]
-
-
-# -- tokenizer -------------------------------------------------------------------------------------------------------
 
 
 def tokenizer_fingerprint(
