@@ -184,7 +184,8 @@ def commands() -> list[str]:
     """Every command of the benchmarks that a page or the Makefile shows."""
     files = [*sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "README.md", REPOSITORY / "Makefile"]
     joined = "\n".join(file.read_text(encoding="utf-8") for file in files).replace("\\\n", " ")
-    joined = re.sub(r"\$\(PYTHON\)|\$\$", "python", joined)
+    joined = joined.replace("$(PYTHON)", "python")
+    assert "python benchmarks/" not in joined, "write python -m benchmarks.NAME"
     return sorted({found.strip() for found in re.findall(r"python (-m benchmarks\.[^`\n|;]*)", joined)})
 
 
