@@ -21,14 +21,14 @@ test-lm-eval:  ## the same for lm-evaluation-harness
 PYTHON ?= .venv/bin/python
 
 bench-cpu:  ## what can be measured without a GPU, in about 17 minutes on 2 idle cores, and docs/benchmarks.md
-	$(PYTHON) -m benchmarks.held --base llama-3-8b
+	$(PYTHON) -m benchmarks.saved_for_backward --base llama-3-8b
 	$(PYTHON) -m benchmarks.grid cpu --device cpu
 	$(PYTHON) -m benchmarks.curve --minutes 5 --test-rows 16 --evaluate-every 6
 	$(PYTHON) -m benchmarks.generation --device cpu
 	$(PYTHON) -m benchmarks.loss --device cpu --repeats 2
-	$(PYTHON) -m benchmarks.tables
+	$(PYTHON) -m benchmarks.page
 
-bench-gpu:  ## every GPU grid, in pieces of nine minutes (status 75 means that more is left), and docs/benchmarks.md
+bench-gpu:  ## every GPU grid, nine minutes at a time (status 75 means that runs are left), and docs/benchmarks.md
 	for grid in table1 memory-table figure4 long step-time; do \
 	    status=75; \
 	    while [ $$status -eq 75 ]; do \
@@ -36,17 +36,17 @@ bench-gpu:  ## every GPU grid, in pieces of nine minutes (status 75 means that m
 	    done; \
 	done
 	$(PYTHON) -m benchmarks.generation --base llama-2-7b --four-bit --device cuda
-	$(PYTHON) -m benchmarks.tables
+	$(PYTHON) -m benchmarks.page
 
 bench-docs:  ## docs/benchmarks.md and docs/quality.md from the rows in benchmarks/results
-	$(PYTHON) -m benchmarks.tables
+	$(PYTHON) -m benchmarks.page
 	$(PYTHON) -m benchmarks.quality.page
 
 DATA ?= data
 
-bench-quality:  ## what methods learn, and the search for the default; DATA is the folder of the tasks' files
+bench-quality:  ## what each method learns, and the ablations; DATA is the folder of the tasks' files
 	$(PYTHON) -m benchmarks.quality.train --task gsm8k --data $(DATA) --methods side=1e-3 lora=1e-3 qlora=1e-3 \
-	    --rows 160 --evaluate-every 10 --validation-rows 32 --report 60
+	    --rows 160 --evaluate-every 10 --validation-rows 32 --test-rows 60
 	$(PYTHON) -m benchmarks.quality.ablations --data $(DATA) --rows 320 --validation-rows 32
 	$(PYTHON) -m benchmarks.quality.page
 

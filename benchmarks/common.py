@@ -1,9 +1,8 @@
-"""What the benchmarks share: the model, and result rows that say where they come from."""
+"""What the benchmarks share: the model, its tokenizer, data, and the description of the machine."""
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -40,10 +39,10 @@ def smollm2(quantized: bool = True) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer
 
 
-def read(name: str, count: int | None = None) -> list[dict[str, Any]]:
-    """The first `count` rows of a file of `data`."""
+def read_data(name: str) -> list[dict[str, Any]]:
+    """The rows of a file of `data`."""
     lines = (HERE / "data" / name).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines[:count]]
+    return [json.loads(line) for line in lines]
 
 
 def environment() -> dict[str, Any]:
@@ -55,19 +54,3 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
     }
-
-
-def save(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Write result rows to `results/NAME.jsonl`, replacing the last run's."""
-    file = HERE / "results" / f"{name}.jsonl"
-    file.parent.mkdir(exist_ok=True)
-    unfinished = file.with_suffix(f".{os.getpid()}.tmp")
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(unfinished, file)
-    return file
-
-
-def markdown(header: list[str], rows: list[list[Any]]) -> str:
-    """A table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

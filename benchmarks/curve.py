@@ -1,4 +1,4 @@
-"""Held-out loss against training time: a side network, LoRA and QLoRA on the same GSM8K answers, in the same order.
+"""Test loss against training time: a side network, LoRA and QLoRA on the same GSM8K answers, in the same order.
 
     python -m benchmarks.curve --minutes 8
 
@@ -54,7 +54,7 @@ class Learner:
         self.optimizer.zero_grad()
 
     @torch.no_grad()
-    def held_out_loss(self, batches: list[Batch]) -> float:
+    def test_loss(self, batches: list[Batch]) -> float:
         """Nats per supervised token. No method here has dropout, so the model stays in training mode."""
         total = sum(chunked_cross_entropy(self.model, **self._here(batch), num_items=1).item() for batch in batches)
         return total / sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
@@ -64,7 +64,7 @@ class Learner:
 
 
 def batches(tokenizer: Any, split: str, count: int) -> list[Batch]:
-    """Rows of GSM8K, `BATCH` at a time, evaluated ones by length."""
+    """Rows of GSM8K, `BATCH` at a time; test rows by length."""
     encoded = [encode(tokenizer, row, MAX_LENGTH) for row in read_rows(split, count)]
     if split == "test":
         encoded.sort(key=lambda row: len(row["input_ids"]))
@@ -97,7 +97,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--minutes", type=float, default=8, help="in all, evaluation included (8)")
     parser.add_argument("--evaluate-every", type=positive, default=10, metavar="STEPS", help="steps between (10)")
-    parser.add_argument("--test-rows", type=positive, default=32, help="held-out answers (32)")
+    parser.add_argument("--test-rows", type=positive, default=32, help="test answers (32)")
     parser.add_argument("--steps", type=positive, help="stop after as many steps of each")
     parser.add_argument("--seed", type=int, default=0, help="of the order and the new weights (0)")
     arguments = parser.parse_args()
@@ -109,7 +109,7 @@ def main() -> None:
     end = time.monotonic() + 60 * arguments.minutes
     _, tokenizer = smollm2()
     training = batches(tokenizer, "train", TRAIN_ROWS)
-    held_out = batches(tokenizer, "test", arguments.test_rows)
+    test = batches(tokenizer, "test", arguments.test_rows)
     learners = [Learner(name, rate, arguments.seed) for name, rate in given.items()]
     source = rows.provenance()
 
@@ -119,7 +119,7 @@ def main() -> None:
                 "method": learner.method.name, "options": learner.method.options(), "learning_rate": learner.rate,
                 "model": "SmolLM2-135M-Instruct", "batch": BATCH, "test_rows": arguments.test_rows,
                 "seed": arguments.seed, "step": learner.steps, "seconds": learner.clock,
-                "loss": learner.held_out_loss(held_out),
+                "loss": learner.test_loss(test),
             }  # fmt: skip
             rows.append("curve", row | source)
             print(json.dumps({name: row[name] for name in ("method", "step", "seconds", "loss")}), flush=True)

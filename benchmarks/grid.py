@@ -1,10 +1,10 @@
-"""A grid of measurements, each in a process of its own, in random order, that goes on where it was interrupted.
+"""A grid of measurements, each in a process of its own, in random order. It resumes where it was interrupted.
 
-    python -m benchmarks.grid table1 --minutes 9       one piece; run it again for the next
-    python -m benchmarks.grid table1 --list            what there is to run, and what is done
+    python -m benchmarks.grid table1 --minutes 9       nine minutes of it; run it again for the next nine
+    python -m benchmarks.grid table1 --list            the runs, and which are done
 
 A run is done when a row of this machine has the same base, method with its options, batch, length and loss. Where a
-method ran out of memory, what is longer and no smaller is skipped. Ends with status 75 if time is up and runs are left.
+method ran out of memory, runs at least as large are skipped. Ends with status 75 if time is up and runs are left.
 """
 
 from __future__ import annotations
@@ -28,10 +28,17 @@ from benchmarks.common import HERE, environment
 TIME_IS_UP = 75  # "temporary failure, try again" of sysexits.h
 ALL = tuple(name for name in methods.METHODS if name != "lora-checkpointed")
 ON_CPU = (
-    "side", "side-int8", "side-int4", "side-recompute", "side-projection", "side-lean", "lora", "qlora",
-    "qlora-checkpointed", "full",
+    "side", "side-int8", "side-int4", "side-projection", "side-lean", "lora", "qlora", "qlora-checkpointed", "full",
 )  # fmt: skip
-LONG = ("side-lean", "side-projection", "side-recompute", "side", "qlora-checkpointed", "qlora-lean")
+LONG = ("side-lean", "side-projection", "side-int4", "side", "qlora-checkpointed", "qlora-lean")
+WHAT = (
+    "base",
+    "method",
+    "batch",
+    "length",
+    "supervised",
+    "loss",
+)  # identifies a measurement, with the method's options
 FOUR_BIT = tuple(name for name in ALL if methods.METHODS[name].four_bit)
 
 
@@ -93,8 +100,12 @@ def done() -> dict[str, dict[str, Any]]:
 
 def key_of(row: dict[str, Any]) -> str:
     """The key of the run that a row comes from."""
-    names = ("base", "method", "batch", "length", "supervised", "loss", "options")
-    return json.dumps({name: row[name] for name in names}, sort_keys=True)
+    return json.dumps({name: row[name] for name in (*WHAT, "options")}, sort_keys=True)
+
+
+def what_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row measured, whatever the method's options were."""
+    return tuple(row[name] for name in WHAT)
 
 
 def shuffled(runs: list[Run], seed: int) -> list[Run]:

@@ -1,4 +1,4 @@
-"""What a loss over a large vocabulary costs: all logits at once, PyTorch's chunks, and `qtuning_peft.loss`'s pieces.
+"""Cost of a loss over a large vocabulary: all logits at once, PyTorch's chunked loss, and that of `qtuning_peft.loss`.
 
     python -m benchmarks.loss --tokens 2048
 

@@ -1,7 +1,7 @@
-"""What is compared: each method is a line of the table below, a PEFT configuration and a few flags.
+"""The methods that are compared: a PEFT configuration and a few flags each.
 
-LoRA, IA3 and SHADOW train in the base's own precision, as TRL lets them on a 4-bit base: float32 adapters would hold a
-float32 copy of their inputs, which no comparison should hold against them. A side network's weights are always float32.
+LoRA, IA3 and SHADOW train in the base's own precision, as TRL lets them on a 4-bit base: float32 adapters would save a
+float32 copy of their inputs for backward, which would be unfair to them. A side network's weights are always float32.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Method:
     """One way to train.
 
     Attributes:
-        name: As in commands and rows.
+        name: As in commands and result rows.
         config: Name of a PEFT configuration class; none for full fine-tuning.
         arguments: Its arguments.
         four_bit: Whether the base is in NF4.
@@ -55,9 +55,9 @@ class Method:
         return self.config == "SideTuningConfig"
 
     def options(self) -> dict[str, Any]:
-        """What makes this method what it is, for its rows: a row of other options is another measurement."""
-        given: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name",)}
-        if self.is_side:  # with defaults, so that a changed default is a changed method
+        """Everything but the name, for result rows: other options are another measurement."""
+        given: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
+        if self.is_side:  # with the defaults, so that a changed default is another measurement
             config = SideTuningConfig(**self.arguments)
             own = {name: getattr(config, name) for name in SideTuningConfig.__annotations__}
             given["arguments"] = {name: value for name, value in own.items() if value is not None}
@@ -65,20 +65,8 @@ class Method:
 
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-PAPER = {
-    name: getattr(SideTuningConfig.paper(), name)
-    for name in (
-        "reduction_factor",
-        "downsample",
-        "downsample_norm",
-        "mixing",
-        "center_taps",
-        "side_attention",
-        "tap_every",
-    )
-}
-# One narrow block with gates and attention beside every block of the base, its taps not squeezed through a rank of 16.
-GATED = {"reduction_factor": 8, "mixing": "residual", "center_taps": False, "side_attention": True, "tap_every": 1}
+DEFAULT, PUBLISHED = vars(SideTuningConfig()), vars(SideTuningConfig.paper())
+PAPER = {name: value for name, value in PUBLISHED.items() if value != DEFAULT[name]}
 LEAN = {"reduction_factor": 16, "downsample": "avgpool"}
 PROJECTION = {"reduction_factor": 16, "downsample": "projection", "downsample_rank": 64}
 
@@ -87,11 +75,9 @@ METHODS = {
     for method in (
         Method("side"),
         Method("side-paper", arguments=PAPER),
-        Method("side-gated", arguments=GATED),
         Method("side-checkpointed", checkpointing=True),
         Method("side-int8", arguments={"tap_storage": "int8"}, checkpointing=True, adam8=True),
         Method("side-int4", arguments={"tap_storage": "int4"}, checkpointing=True, adam8=True),
-        Method("side-recompute", arguments={"tap_storage": "recompute"}, checkpointing=True, adam8=True),
         Method("side-projection", arguments=PROJECTION, checkpointing=True, adam8=True),
         Method("side-lean", arguments=LEAN, checkpointing=True, adam8=True),
         Method("lst", arguments={"downsample": "linear"}, four_bit=False),

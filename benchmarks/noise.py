@@ -1,11 +1,11 @@
 """Which score finds which kind of bad row? And how much of the noise quadrant is noise?
 
-    python benchmarks/noise.py
+    python -m benchmarks.noise
 
-Rows of GSM8K and Dolly are spoilt in known ways, 20 % of them at a time; solutions of GSM8K come labelled right and
+Rows of GSM8K and Dolly are corrupted in known ways, 20 % of them at a time; solutions of GSM8K come labelled right and
 wrong. For every score: AUC, the chance that a bad row scores higher than a good one, in % (50 is chance). For every
-kind: the noise quadrant at a sample ratio of 1/2, its size, and the share of bad rows in it, against the same number of
-rows taken by each single score. Scoring is resumable; `results/noise.jsonl` gets the rows the tables are made of.
+kind: the size of the noise quadrant at a sample ratio of 1/2, and the share of bad rows in it, beside the same number
+of rows taken by each single score. Scoring is resumable; `results/noise.jsonl` gets a row per kind.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ import random
 from typing import Any
 
 import numpy as np
-from common import HERE, environment, markdown, read, save, smollm2
 from datasets import Dataset
 
+from benchmarks import rows
+from benchmarks.common import HERE, environment, read_data, smollm2
+from benchmarks.document import markdown
 from qtuning_peft.demo.gsm8k import read_rows
 from qtuning_peft.eu_plane import EUPruner, score
 
-SPOILT_SHARE = 0.2
+CORRUPTED_SHARE = 0.2
 SCORES = ("error", "uncertainty", "el2n", "ifd", "repetition", "supervised_tokens")
 
 
-def spoil(kind: str, answer: str, other: str, draw: random.Random) -> str:
-    """`answer`, spoilt."""
+def corrupted(kind: str, answer: str, other: str, draw: random.Random) -> str:
+    """`answer`, corrupted."""
     words = answer.split(" ")
     if kind == "other answer":
         return other
@@ -48,26 +50,26 @@ def auc(bad: np.ndarray, good: np.ndarray) -> float:
     return float((np.greater.outer(bad, good) + 0.5 * np.equal.outer(bad, good)).mean())
 
 
-def spoilt_sets() -> dict[str, tuple[list[dict[str, str]], list[dict[str, str]], dict[str, list[int]]]]:
+def corrupted_sets() -> dict[str, tuple[list[dict[str, str]], list[dict[str, str]], dict[str, list[int]]]]:
     """For each source its good rows, its bad rows, and by kind which good rows the bad ones replace."""
     sources = {
         "GSM8K": [{"prompt": row["question"], "completion": row["answer"]} for row in read_rows("train", 250)],
         "Dolly": [
             {"prompt": f"{row['instruction']}\n\n{row['input']}".strip(), "completion": row["output"]}
-            for row in read("dolly_200.jsonl")
+            for row in read_data("dolly_200.jsonl")
         ],
     }
     sets = {}
-    for name, rows in sources.items():
+    for name, good in sources.items():
         draw = random.Random(0)
         bad, replaced = [], {}
         for kind in KINDS:
-            replaced[kind] = sorted(draw.sample(range(len(rows)), round(SPOILT_SHARE * len(rows))))
+            replaced[kind] = sorted(draw.sample(range(len(good)), round(CORRUPTED_SHARE * len(good))))
             for index in replaced[kind]:
-                other = rows[(index + draw.randrange(1, len(rows))) % len(rows)]["completion"]
-                answer = spoil(kind, rows[index]["completion"], other, draw)
-                bad.append({"prompt": rows[index]["prompt"], "completion": answer})
-        sets[name] = (rows, bad, replaced)
+                other = good[(index + draw.randrange(1, len(good))) % len(good)]["completion"]
+                answer = corrupted(kind, good[index]["completion"], other, draw)
+                bad.append({"prompt": good[index]["prompt"], "completion": answer})
+        sets[name] = (good, bad, replaced)
     return sets
 
 
@@ -97,28 +99,27 @@ def main() -> None:
     """Score, and write results and tables."""
     model, tokenizer = smollm2()
 
-    def scored(rows: list[dict[str, str]]) -> Dataset:
-        data = Dataset.from_list(rows)
-        return score(
-            data, model, tokenizer, el2n=True, ifd=True, resume_dir=HERE / "results" / "parts", rows_per_part=64
-        )
+    def scored(data: list[dict[str, str]]) -> Dataset:
+        options = {"resume_dir": HERE / "results" / "parts", "rows_per_part": 64}
+        return score(Dataset.from_list(data), model, tokenizer, el2n=True, ifd=True, **options)
 
     results = []
-    for source, (rows, spoilt, replaced) in spoilt_sets().items():
-        good, bad = scored(rows), scored(spoilt)
+    for source, (data, changed, replaced) in corrupted_sets().items():
+        good, bad = scored(data), scored(changed)
         start = 0
         for kind, indices in replaced.items():
             kept = good.select([i for i in range(len(good)) if i not in set(indices)])
             results.append(rows_of_kind(source, kind, kept, bad.select(range(start, start + len(indices)))))
             start += len(indices)
-    solutions = read("gsm8k_solutions_320.jsonl")
+    solutions = read_data("gsm8k_solutions_320.jsonl")
     right, wrong = (
         scored([{"prompt": r["question"], "completion": r["solution"]} for r in solutions if r["is_correct"] is wanted])
         for wanted in (True, False)
     )
     results.append(rows_of_kind("GSM8K solutions", "wrong", right, wrong))
 
-    save("noise", [row | {"model": "SmolLM2-135M-Instruct, NF4", "environment": environment()} for row in results])
+    origin = {"model": "SmolLM2-135M-Instruct, NF4", "environment": environment()}
+    rows.replace("noise", [row | origin for row in results])
     print(tables(results))
 
 

@@ -1,4 +1,4 @@
-"""Result rows: one JSON object a line, appended whole, with what is needed to trust and to repeat it.
+"""Result rows: one JSON object a line, with what is needed to trust and to repeat it.
 
 Rows go to `benchmarks/results/NAME.jsonl`, or to the folder that the environment variable QTUNING_RESULTS names.
 """
@@ -25,7 +25,7 @@ def results_file(name: str) -> Path:
 
 
 def append(name: str, row: Row) -> None:
-    """Add one row, in one write: whoever is killed meanwhile leaves a torn last line at worst, and no other harm."""
+    """Add one row, in one write: a killed process leaves a torn last line at worst."""
     file = results_file(name)
     file.parent.mkdir(parents=True, exist_ok=True)
     torn = file.is_file() and file.stat().st_size > 0 and file.read_bytes()[-1:] != b"\n"
@@ -47,6 +47,15 @@ def read(name: str) -> list[Row]:
         except json.JSONDecodeError:  # torn: its run was killed, and is run again
             continue
     return rows
+
+
+def replace(name: str, found: list[Row]) -> None:
+    """Write `found` in place of the last run's rows."""
+    file = results_file(name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(f".{os.getpid()}.tmp")
+    unfinished.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    os.replace(unfinished, file)
 
 
 def peak(row: Row) -> int:

@@ -1,4 +1,4 @@
-"""One measurement in a process of its own: what a training step costs in time and memory, as one JSON row.
+"""Time and memory of a training step, measured in a process of its own: one JSON row.
 
     python -m benchmarks.step --base llama-2-7b --method side --batch 16 --length 512
 
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--supervised", type=share, default=1.0, help="share of tokens, at the end, with a loss (1)")
     result.add_argument(
         "--loss", choices=("supervised", "full"), default="supervised",
-        help="supervised: the head in pieces, for every method (default); full: model(labels=...), with all logits",
+        help="supervised: chunked cross-entropy, for every method (default); full: model(labels=...), with all logits",
     )  # fmt: skip
     result.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     result.add_argument("--seed", type=int, default=0, help="of weights and tokens (0)")

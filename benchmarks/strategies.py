@@ -1,28 +1,30 @@
-"""Does training on a quarter of the samples and half of their tokens beat choosing otherwise? The demo's task decides.
+"""Training on a quarter of the samples and half of their tokens, chosen by different strategies, on GSM8K.
 
-    python benchmarks/strategies.py            about 40 minutes on 2 cores; goes on where it was interrupted
+    python -m benchmarks.strategies            about 40 minutes on 2 cores; resumes where it was interrupted
 
 Every strategy keeps as many supervised tokens as the plane at 25 % x 50 %. An epoch is cut into equally many steps for
 all, so that optimizer steps and tokens are the same; full data takes as many steps over all tokens. A side network
-(r = 16, beside every third block) learns from the NF4 base's states, which never change and are computed once, in
-bfloat16. Held-out loss is that of 100 GSM8K test answers. `results/strategies.jsonl` gets one row for each run.
+(reduction factor 16, beside every third block) learns from the NF4 base's hidden states, which never change and are
+computed once, in bfloat16. The test loss is that of 100 GSM8K test answers. `results/strategies.jsonl` gets one row per
+run.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from statistics import mean, stdev
 from typing import Any
 
 import torch
-from common import HERE, environment, markdown, smollm2
 from datasets import Dataset
 from peft import get_peft_model
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
+from benchmarks import rows
+from benchmarks.common import HERE, environment, smollm2
+from benchmarks.document import markdown
 from qtuning_peft import SideTuningConfig
 from qtuning_peft.demo.gsm8k import read_rows
 from qtuning_peft.eu_plane import EUPruner, score
@@ -30,7 +32,14 @@ from qtuning_peft.eu_plane.rows import RowEncoder
 from qtuning_peft.loss import IGNORE_INDEX, chunked_cross_entropy
 from qtuning_peft.side_tuning.base_states import BaseStates, base_states, use_in_next_forward
 
-R, LAYERS, LEARNING_RATE, STEPS_PER_EPOCH, EPOCHS, SEEDS = 16, list(range(2, 30, 3)), 2e-3, 20, 1, (0, 1, 2)
+REDUCTION_FACTOR, LAYERS, LEARNING_RATE, STEPS_PER_EPOCH, EPOCHS, SEEDS = (
+    16,
+    list(range(2, 30, 3)),
+    2e-3,
+    20,
+    1,
+    (0, 1, 2),
+)
 TRAIN_ROWS, TEST_ROWS = 320, 100
 
 PLANE = {"sample_ratio": 0.25, "token_ratio": 0.5}
@@ -53,23 +62,23 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 def gsm8k(split: str, start: int, stop: int) -> Dataset:
     """Rows of GSM8K as prompt and completion."""
-    rows = read_rows(split, stop)[start:]
-    return Dataset.from_list([{"prompt": row["question"], "completion": row["answer"]} for row in rows])
+    found = read_rows(split, stop)[start:]
+    return Dataset.from_list([{"prompt": row["question"], "completion": row["answer"]} for row in found])
 
 
 class States:
     """The base's states of every row, in bfloat16, and batches of them."""
 
-    def __init__(self, model: Any, rows: Dataset) -> None:
-        input_ids = rows["input_ids"][:]
-        order = sorted(range(len(rows)), key=lambda index: len(input_ids[index]))
+    def __init__(self, model: Any, encoded: Dataset) -> None:
+        input_ids = encoded["input_ids"][:]
+        order = sorted(range(len(encoded)), key=lambda index: len(input_ids[index]))
         found: dict[int, BaseStates] = {}
         for start in range(0, len(order), 16):
             part = order[start : start + 16]
             states = base_states(model, padded([input_ids[i] for i in part], 0))
             for place, index in enumerate(part):
                 found[index] = self._row(states, place, len(input_ids[index]))
-        self.rows = [found[index] for index in range(len(rows))]
+        self.rows = [found[index] for index in range(len(encoded))]
         self.rotary = states.blocks[0][1]["position_embeddings"]
 
     @staticmethod
@@ -108,10 +117,10 @@ class States:
         )
 
 
-def padded(rows: list[list[int]], fill: int) -> Tensor:
+def padded(ids: list[list[int]], fill: int) -> Tensor:
     """Right-padded with `fill`, which plain causal attention does not let any token see: (rows, longest), int64."""
-    length = max(map(len, rows))
-    return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
+    length = max(map(len, ids))
+    return torch.tensor([row + [fill] * (length - len(row)) for row in ids])
 
 
 def loss_of(model: Any, states: States, indices: list[int], labels: list[list[int]], total: bool = False) -> Tensor:
@@ -143,9 +152,9 @@ def train(model: Any, states: States, labels: dict[int, list[int]], seed: int) -
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, states: States, labels: list[list[int]]) -> float:
+def test_loss(model: Any, states: States, labels: list[list[int]]) -> float:
     """Nats per supervised token."""
-    # The side network has no dropout, and kept states are taken in training mode alone.
+    # The side network has no dropout, and given states are used in training mode alone.
     model.train()
     order = sorted(range(len(labels)), key=lambda index: len(labels[index]))
     total = sum(
@@ -178,28 +187,27 @@ def main() -> None:
     encoder = RowEncoder(tokenizer)
 
     def encoded(split: str, start: int, stop: int) -> Dataset:
-        rows = [encoder.encode(row, "prompt") for row in gsm8k(split, start, stop)]
-        return Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
+        found = [encoder.encode(row, "prompt") for row in gsm8k(split, start, stop)]
+        return Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in found])
 
     reference_rows, test = encoded("train", 320, 380), encoded("test", 0, TEST_ROWS)
 
     def side_tuned(seed: int) -> Any:
         set_seed(seed)
         return get_peft_model(
-            base, SideTuningConfig(reduction_factor=R, layers_to_transform=LAYERS, task_type="CAUSAL_LM")
+            base, SideTuningConfig(reduction_factor=REDUCTION_FACTOR, layers_to_transform=LAYERS, task_type="CAUSAL_LM")
         )
 
     model = side_tuned(0)
-    train_states, reference_states, test_states = (States(model, rows) for rows in (scored, reference_rows, test))
+    train_states, reference_states, test_states = (States(model, part) for part in (scored, reference_rows, test))
     test_labels = test["labels"][:]
-    before = held_out_loss(model, test_states, test_labels)
+    before = test_loss(model, test_states, test_labels)
     train(model, reference_states, dict(enumerate(reference_rows["labels"][:])), seed=0)
     scored = with_reference(scored, model, train_states)
     model.unload()
 
     budget = EUPruner(**PLANE, tokenizer=tokenizer).fit(scored).pruned.kept_tokens
-    file = HERE / "results" / "strategies.jsonl"
-    done = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    done = rows.read("strategies")
     for seed in SEEDS:
         for name, options in STRATEGIES.items():
             if any(row["strategy"] == name and row["seed"] == seed for row in done):
@@ -214,25 +222,23 @@ def main() -> None:
             train(model, train_states, labels, seed)
             seconds = time.perf_counter() - started
             row = {
-                "strategy": name, "seed": seed, "loss": held_out_loss(model, test_states, test_labels), "base": before,
+                "strategy": name, "seed": seed, "loss": test_loss(model, test_states, test_labels), "base": before,
                 "samples": len(labels), "tokens": pruner.pruned.kept_tokens, "steps": STEPS_PER_EPOCH * EPOCHS,
-                "train_seconds": round(seconds, 1), "reduction_factor": R, "layers": LAYERS,
+                "train_seconds": round(seconds, 1), "reduction_factor": REDUCTION_FACTOR, "layers": LAYERS,
                 "learning_rate": LEARNING_RATE,
                 "model": "SmolLM2-135M-Instruct, NF4", "environment": environment(),
             }  # fmt: skip
             model.unload()
-            done.append(row)
-            with file.open("a") as rows:
-                rows.write(json.dumps(row) + "\n")
+            rows.append("strategies", row)
             print(name, seed, round(row["loss"], 4), f"{seconds:.0f} s", flush=True)
-    print(table(done))
+    print(table(rows.read("strategies")))
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(found: list[rows.Row]) -> str:
     """Mean and spread over seeds, best first."""
     lines = []
     for name in STRATEGIES:
-        runs = [row for row in rows if row["strategy"] == name]
+        runs = [row for row in found if row["strategy"] == name]
         losses = [row["loss"] for row in runs]
         if losses:
             spread = stdev(losses) if len(losses) > 1 else float("nan")
@@ -240,8 +246,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines.append(
                 (mean(losses), [name, f"{samples:.0f}", f"{tokens:.0f}", f"{mean(losses):.4f}", f"{spread:.4f}"])
             )
-    header = ["strategy", "samples", "supervised tokens", "held-out loss", "spread (s.d.)"]
-    return markdown(header, [line for _, line in sorted(lines)]) + f"\n\nBase: {rows[0]['base']:.4f} nats per token."
+    header = ["strategy", "samples", "supervised tokens", "test loss", "spread (s.d.)"]
+    return markdown(header, [line for _, line in sorted(lines)]) + f"\n\nBase: {found[0]['base']:.4f} nats per token."
 
 
 if __name__ == "__main__":

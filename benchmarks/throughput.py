@@ -1,6 +1,6 @@
-"""How much slower than reading is scoring, and how much memory does it take?
+"""Speed and memory of scoring, beside a bare forward pass.
 
-    python benchmarks/throughput.py
+    python -m benchmarks.throughput
 
 The bare forward (`model(input_ids)`, with all its logits) and scoring run in turn over the same batches, as a shared
 machine's speed drifts; figures are medians over the rounds. Two loads: GSM8K rows, of which the answers are supervised,
@@ -20,8 +20,10 @@ from typing import Any
 
 import psutil
 import torch
-from common import environment, markdown, save, smollm2
 
+from benchmarks import rows
+from benchmarks.common import HERE, environment, smollm2
+from benchmarks.document import markdown
 from qtuning_peft.demo.gsm8k import read_rows
 from qtuning_peft.eu_plane.batching import Piece, batches, right_padded
 from qtuning_peft.eu_plane.rows import RowEncoder
@@ -33,24 +35,19 @@ TOKENS_PER_BATCH, ROWS, ROUNDS = 2048, 16, 3
 def loads(tokenizer: Any) -> dict[str, list[Any]]:
     """Batches of both loads, longest first."""
     encoder = RowEncoder(tokenizer)
-    rows = [
+    encoded = [
         encoder.encode({"prompt": r["question"], "completion": r["answer"]}, "prompt") for r in read_rows("train", ROWS)
     ]
-    rows.sort(key=lambda row: -len(row.input_ids))
-    parts = batches([len(row.input_ids) for row in rows], TOKENS_PER_BATCH)
+    encoded.sort(key=lambda row: -len(row.input_ids))
+    parts = batches([len(row.input_ids) for row in encoded], TOKENS_PER_BATCH)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    labels = {
+        "answers": [row.labels for row in encoded],
+        "all tokens": [[-100, *row.input_ids[1:]] for row in encoded],
+    }
     return {
-        name: [
-            right_padded(
-                [
-                    Piece(i, rows[i].input_ids, rows[i].labels if name == "answers" else [-100, *rows[i].input_ids[1:]])
-                    for i in part
-                ],
-                device,
-            )
-            for part in parts
-        ]
-        for name in ("answers", "all tokens")
+        name: [right_padded([Piece(i, encoded[i].input_ids, of[i]) for i in part], device) for part in parts]
+        for name, of in labels.items()
     }
 
 
@@ -88,6 +85,13 @@ def memory(kind: str, load: str) -> int:
     return max(seen) - before
 
 
+def memory_apart(kind: str, load: str) -> int:
+    """`memory`, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.throughput", "--memory-of", kind, load]
+    found = subprocess.run(command, cwd=HERE.parent, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return int(found.splitlines()[-1])
+
+
 def watch(process: psutil.Process, seen: list[int], done: threading.Event) -> None:
     """Note the resident memory every five milliseconds until `done`."""
     while not done.wait(0.005):
@@ -104,7 +108,7 @@ def main() -> None:
         return
 
     model, tokenizer = smollm2()
-    rows = []
+    results = []
     for load, data in loads(tokenizer).items():
         tokens = sum(int(mask.sum()) if mask is not None else ids.numel() for ids, mask, _ in data)
         run("bare", model, data[-1:])
@@ -114,15 +118,8 @@ def main() -> None:
                 started = time.perf_counter()
                 run(kind, model, data)
                 times.append(time.perf_counter() - started)
-        peaks = {
-            kind: int(
-                subprocess.run(
-                    [sys.executable, __file__, "--memory-of", kind, load], capture_output=True, text=True, check=True
-                ).stdout.splitlines()[-1]
-            )
-            for kind in seconds
-        }
-        rows.append(
+        peaks = {kind: memory_apart(kind, load) for kind in seconds}
+        results.append(
             {
                 "load": load, "tokens": tokens, "rounds": ROUNDS, "tokens_per_batch": TOKENS_PER_BATCH,
                 **{f"{kind}_tokens_per_second": tokens / median(times) for kind, times in seconds.items()},
@@ -132,22 +129,18 @@ def main() -> None:
                 "model": "SmolLM2-135M-Instruct, NF4", "environment": environment(),
             }
         )  # fmt: skip
-        print(json.dumps(rows[-1]), flush=True)
-    save("throughput", rows)
+        print(json.dumps(results[-1]), flush=True)
+    rows.replace("throughput", results)
     header = ["supervised", "bare, tokens/s", "scoring, tokens/s", "ratio", "bare, MiB", "scoring, MiB", "ratio"]
-    print(
-        markdown(
-            header,
-            [
-                [
-                    r["load"], f"{r['bare_tokens_per_second']:.0f}", f"{r['scoring_tokens_per_second']:.0f}",
-                    f"{r['speed_ratio']:.2f}", f"{r['bare_bytes'] / 2**20:.0f}", f"{r['scoring_bytes'] / 2**20:.0f}",
-                    f"{r['memory_ratio']:.2f}",
-                ]
-                for r in rows
-            ],
-        )
-    )  # fmt: skip
+    lines = [
+        [
+            r["load"], f"{r['bare_tokens_per_second']:.0f}", f"{r['scoring_tokens_per_second']:.0f}",
+            f"{r['speed_ratio']:.2f}", f"{r['bare_bytes'] / 2**20:.0f}", f"{r['scoring_bytes'] / 2**20:.0f}",
+            f"{r['memory_ratio']:.2f}",
+        ]
+        for r in results
+    ]  # fmt: skip
+    print(markdown(header, lines))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""How much methods learn, and in what time."""
+"""How much each method learns, and in what time."""

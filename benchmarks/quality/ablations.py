@@ -1,11 +1,11 @@
-"""Which ablation makes a side network learn better: each is tried on the same kept states, and is one row.
+"""Ablations: what makes a side network learn better, each trained on the same cached hidden states.
 
     python -m benchmarks.quality.ablations --data FOLDER
     python -m benchmarks.quality.ablations --list
 
 SmolLM2-135M-Instruct in NF4. AdamW, a tenth of the steps to warm up, a cosine, gradients clipped at 1. Every ablation
-says what was expected of it before it was run; the row says what came out: validation loss in nats per token, and
-seconds. Rows go to `results/ablations.jsonl`; an ablation with a row is not run again, so a stopped command resumes.
+states what was expected before it was run. Its row has the result: validation loss in nats per token, and seconds.
+Rows go to `results/ablations.jsonl`; an ablation with a row is not run again, so a stopped command resumes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Ablation:
 
     Attributes:
         name: As in commands and rows.
-        what: What it is.
+        what: Description.
         predicted: What was expected before it was run.
         options: Of the network.
         rates: Of its optimizers.
@@ -62,8 +62,8 @@ FAST, MUON = Rates(4e-3), Rates(1e-3, linear=5e-4, muon=1e-2)
 
 ABLATIONS = (
     Ablation(
-        "default-r8", "a side block for every block, r=8, lerp gates, attention and MLP",
-        "The starting line.", Options(), Rates(1.5e-3),
+        "every-block-d8", "a side block for every block, width d/8, lerp gates, attention and MLP",
+        "The baseline.", Options(), Rates(1.5e-3),
     ),
     Ablation(
         "additive-gates", "taps are added instead of mixed in",
@@ -71,7 +71,7 @@ ABLATIONS = (
         Options(gate="add"), Rates(1.5e-3),
     ),
     Ablation(
-        "every-third-r4", "a third of the blocks, twice as wide; the line for those below",
+        "every-third-d4", "a third of the blocks, twice as wide; the baseline of those below",
         "Better and faster at about as many parameters: fewer, wider blocks.", BASE_LINE, FAST,
     ),
     Ablation(
@@ -132,7 +132,7 @@ ABLATIONS = (
         "Better by what Muon gains alone.", DIRECT, MUON,
     ),
     Ablation(
-        "wide-differences-linear-muon", "the same with differences, every fifth block and r=2",
+        "wide-differences-linear-muon", "the same with differences, every fifth block and width d/2",
         "Better again: wider still, and differences help.", WIDE, MUON,
     ),
     Ablation(
@@ -155,14 +155,15 @@ ABLATIONS = (
     ),
     Ablation(
         "three-epochs-linear", "linear-four-white, three epochs of all rows",
-        "Better, until the maps know the rows by heart.", replace(FOUR_MAPS, white=True), Rates(3e-4), epochs=3,
+        "Better, until the maps have memorized the rows.", replace(FOUR_MAPS, white=True), Rates(3e-4), epochs=3,
     ),
     Ablation(
         "three-epochs-no-attention", "wide-differences-linear-muon, three epochs",
         "Better by more than the linear maps.", WIDE, MUON, epochs=3,
     ),
     Ablation(
-        "three-epochs-attention", "every third block, r=4, attention, differences, a linear map, Muon, three epochs",
+        "three-epochs-attention",
+        "every third block, width d/4, attention, differences, a linear map, Muon, three epochs",
         "Attention pays off with more steps.", replace(BASE_LINE, tap="difference", linear=(LAST,)), MUON, epochs=3,
     ),
 )  # fmt: skip
@@ -188,7 +189,7 @@ def key(row: rows.Row) -> str:
 
 
 def run_of(ablation: Ablation, arguments: argparse.Namespace) -> rows.Row:
-    """What is known of a row before it is measured."""
+    """The part of a row that is known before the run."""
     epoch = arguments.rows // states.BATCH
     return {
         "task": arguments.task, "model": "SmolLM2-135M-Instruct", "name": ablation.name, "what": ablation.what,
@@ -204,11 +205,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=("gsm8k", "dolly"), default="gsm8k", help="whose answers are text (gsm8k)")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="where the tasks' files are")
-    parser.add_argument("--rows", type=positive, default=480, help="training rows whose states are kept (480)")
+    parser.add_argument("--rows", type=positive, default=480, help="training rows whose hidden states are cached (480)")
     parser.add_argument("--steps", type=positive, default=40, help="steps of 8 rows (40)")
-    parser.add_argument("--validation-rows", type=positive, default=64, help="held-out rows of an evaluation (64)")
+    parser.add_argument("--validation-rows", type=positive, default=64, help="validation rows (64)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="ablations to run (all)")
-    parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
+    parser.add_argument("--list", action="store_true", help="list the ablations, and run none")
     arguments = parser.parse_args()
     try:
         wanted = chosen(arguments.only)
@@ -231,9 +232,9 @@ def work(task: Task, wanted: list[Ablation], arguments: argparse.Namespace) -> N
     if not left:
         return
     source = rows.provenance()
-    train, choose = states.kept(task, arguments.rows, arguments.validation_rows)
+    train, validation = states.cached(task, arguments.rows, arguments.validation_rows)
     base: Any = states.dequantized().to("cuda" if torch.cuda.is_available() else "cpu")
-    data = Data(train, choose, base.lm_head.weight)
+    data = Data(train, validation, base.lm_head.weight)
     untrained = data.measure(Network(Options(blocks=()), base, train))
     for ablation, run in tqdm(left, unit="ablation"):
         torch.manual_seed(SEED)

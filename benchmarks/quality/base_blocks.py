@@ -1,4 +1,4 @@
-"""The base's own blocks at work in a network beside it: run again at the end, lent for attention, or copied to start.
+"""The base's own blocks inside a side network: run again at the end, used for attention, or copied at the start.
 
     late blocks    f' = norm(block_30(... block_(31-k)(s_(30-k) + u))),    u what a side network adds, if there is one
     attention      o(softmax(q_l k_l^T) v),                                q_l, k_l of base block l; v, o trained

@@ -1,9 +1,9 @@
-"""Training on kept states: a loss, optimizers, and a clock that runs while a network steps.
+"""Training on cached hidden states: a loss, optimizers, and a clock that runs while a network steps.
 
     L = - 1/|T| sum_(t in T) log softmax_V(H f'_(t-1))[y_t]
 
 H is the base's head. In training V is what the base finds likely and what the rows contain, a tenth of the vocabulary
-and of the price; held-out rows are measured over all of it.
+and of the cost; validation rows are measured over all of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.quality.tasks import Batch
 from benchmarks.step import seconds
 from qtuning_peft.loss import IGNORE_INDEX, summed_cross_entropy, supervised_positions
 
-LIKELY, PIECE = 4000, 512
+LIKELY, CHUNK = 4000, 512
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,16 @@ class Rates:
 
 
 class Data:
-    """Kept states, and losses on them.
+    """Cached hidden states, and losses on them.
 
     Args:
         train: Batches to train on.
-        choose: Batches to choose by.
+        validation: Batches to measure on.
         head: (vocabulary, d), float32.
     """
 
-    def __init__(self, train: list[Batch], choose: list[Batch], head: Tensor) -> None:
-        self.train, self.choose, self.head, self.device = train, choose, head, head.device
+    def __init__(self, train: list[Batch], validation: list[Batch], head: Tensor) -> None:
+        self.train, self.validation, self.head, self.device = train, validation, head, head.device
         vocabulary = self._vocabulary()
         self.small_head = head[vocabulary]
         self.place = torch.full((len(head),), -1, device=self.device)  # (vocabulary,): of a token in the small one
@@ -77,11 +77,11 @@ class Data:
 
     @torch.no_grad()
     def measure(self, network: Network) -> float:
-        """Nats per supervised token of the rows to choose by, over the whole vocabulary."""
+        """Nats per supervised token of the validation rows, over the whole vocabulary."""
         total, tokens = 0.0, 0
-        for batch in self.choose:
+        for batch in self.validation:
             states, targets = self._supervised(network, batch)
-            total += summed_cross_entropy(lambda x: x @ self.head.T, states, targets, PIECE, frozen=True).item()
+            total += summed_cross_entropy(lambda x: x @ self.head.T, states, targets, CHUNK, frozen=True).item()
             tokens += len(targets)
         return total / tokens
 
@@ -90,7 +90,7 @@ class Data:
         return supervised_positions(final, batch["labels"])
 
     def steps(self, count: int, seed: int) -> list[Batch]:
-        """`count` batches: as they were kept, then in another order every epoch."""
+        """`count` batches: in the cached order, then in another order every epoch."""
         draw = torch.Generator().manual_seed(seed + 1)
         result = list(self.train)
         while len(result) < count:
@@ -114,7 +114,7 @@ def optimizers(network: Network, rates: Rates) -> list[torch.optim.Optimizer]:
 
 
 def fit(data: Data, network: Network, rates: Rates, steps: int, seed: int) -> Iterator[tuple[int, float, float]]:
-    """Train; a quarter at a time, yields the step, seconds of training so far, and the held-out loss."""
+    """Train; a quarter at a time, yields the step, seconds of training so far, and the validation loss."""
     tuned = optimizers(network, rates)
     highest = [(group, group["lr"]) for optimizer in tuned for group in optimizer.param_groups]
     clock = 0.0

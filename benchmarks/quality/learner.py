@@ -1,4 +1,4 @@
-"""A model that learns a task: its optimizer, its schedule, and a clock that runs while it steps.
+"""One model in training: its optimizer, its schedule, and a clock that runs while it steps.
 
 Learners take their steps in turn, each on the same batches, so that a shared machine's drift hits all alike. The clock
 stands still during evaluation.
@@ -23,7 +23,7 @@ from qtuning_peft.side_tuning.shared_prefix import common_prefix
 from qtuning_peft.trainer import ROWS
 
 WARM_UP = 0.1
-KEPT = 8 * 2**30  # bytes of the base's states
+HIDDEN_STATE_CACHE = 8 * 2**30  # bytes
 
 
 def factor(step: int, steps: int) -> float:
@@ -38,12 +38,12 @@ class Learner:
     """SmolLM2-135M-Instruct, trained by one method.
 
     Args:
-        method: What trains it.
-        task: What it learns.
+        method: Of `benchmarks.methods`.
+        task: Its rows.
         rate: Learning rate at its highest.
         steps: Steps in all, for the schedule.
         seed: Of new weights.
-        epochs: A side network keeps the base's states for those after the first.
+        epochs: With several, a side network caches the base's hidden states in the first.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Learner:
             layer = side_tuning_layer(self.model)
             assert layer is not None
             layer.share_prefix(common_prefix(task.train[:ROWS]))
-            layer.keep_states(KEPT if epochs > 1 else 0)
+            layer.keep_states(HIDDEN_STATE_CACHE if epochs > 1 else 0)
 
     def step(self, batch: Batch) -> None:
         """One step; the clock runs."""

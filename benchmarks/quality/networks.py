@@ -1,4 +1,4 @@
-"""Experimental networks: from the kept states of the base to a final hidden state.
+"""Experimental networks: from the cached hidden states of the base to a final hidden state.
 
     f' = f + U norm(g_n) + sum_i W_i z_i,        g_j = block(gate(g_(j-1), D_j s_j)),        z_i = normalized(s_i)
 
@@ -32,7 +32,7 @@ class Options:
 
     Attributes:
         blocks: States the side network reads after the embeddings, a side block each; none: no side network.
-        r: The base's width over the side network's.
+        reduction_factor: The base's width over the side network's.
         attention: Of a side block: its own, where the base attends, or none.
         mlp: Whether a side block has one.
         gate: How a tap enters: lerp(tap, g, sigmoid(a)), a zero at the start, or g + tap.
@@ -224,7 +224,7 @@ def sampled(number: int, train: list[Batch]) -> Tensor:
 
 
 def zero(linear: nn.Linear) -> nn.Linear:
-    """`linear`, which starts as nothing."""
+    """`linear`, which starts at zero."""
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
@@ -236,7 +236,7 @@ class Network(nn.Module):
     Args:
         options: Its parts.
         base: The base in float32, frozen.
-        train: Kept states, for statistics of them.
+        train: Cached states, for statistics of them.
     """
 
     def __init__(self, options: Options, base: Any, train: list[Batch]) -> None:

@@ -2,34 +2,37 @@
 
     python -m benchmarks.quality.page
 
-What a method learned against the time and the memory it took, and what every ablation was expected to do and did.
+What each method learned, in what time and memory, and the results of the ablations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
 
 from benchmarks import rows
-from benchmarks.common import HERE, markdown
+from benchmarks.common import HERE
+from benchmarks.document import Lines, Tables, main, markdown, newest, not_measured, plot, source
+from benchmarks.methods import METHODS
 from benchmarks.quality import targets
 from benchmarks.quality.ablations import ABLATIONS
+from benchmarks.quality.targets import ACCURACY, SEEDS, Seeds
 from benchmarks.rows import Row
-from benchmarks.tables import main, newest, not_measured, plot, source
 
 DOCUMENT = HERE.parent / "docs" / "quality.md"
 TRAIN, SEARCH = "python -m benchmarks.quality.train", "python -m benchmarks.quality.ablations"
+WHAT = ["task", "rows x epochs", "method", "base", "few-shot examples", "learning rate"]
+PEAK = "peak memory of a step, GiB"
 
 
-def runs(reported: bool) -> list[list[Row]]:
-    """Rows of one task, method, rate and number of rows: the seeds; those that were reported, or chosen from."""
-    groups: dict[tuple[object, ...], list[Row]] = {}
+def runs(tested: bool) -> list[Seeds]:
+    """Rows of one task, method, rate and number of rows, a row per seed: those with a test result, or those without."""
+    groups: dict[tuple[str, ...], Seeds] = {}
     for row in rows.read("quality"):
-        if (row["test"] is not None) == reported:
+        if (row["test"] is not None) == tested:
             names = ("task", "rows", "epochs", "method", "few_shot_examples", "options", "learning_rate")
-            group = tuple(str(row.get(name, 0)) for name in names)
-            groups.setdefault(group, []).append(row)
+            groups.setdefault(tuple(str(row.get(name, 0)) for name in names), []).append(row)
     return [newest(group, lambda row: row["seed"]) for _, group in sorted(groups.items(), key=lambda item: item[0][:3])]
 
 
@@ -39,109 +42,150 @@ def spread(values: Iterable[float]) -> str:
     return f"{mean(listed):.4f}" + (f" ± {stdev(listed):.4f}" if len(listed) > 1 else "")
 
 
+def base(row: Row) -> str:
+    """Precision of the base."""
+    return "NF4" if row["options"]["four_bit"] else "float32"
+
+
+def uncentered(row: Row) -> bool:
+    """Whether a row of the default side network is from before taps had centers."""
+    return row["method"] == "side" and not row["options"]["arguments"].get("center_taps")
+
+
 def what(row: Row) -> list[object]:
-    """The columns that say what was trained, and on what; see `WHAT`."""
-    # Rows from before taps had centers do not have the option.
-    given = row["options"]["arguments"]
-    uncentered = row["method"].startswith("side") and not given.get("center_taps")
-    method = row["method"] + (", no centers" if uncentered else "")
-    base = "NF4" if row["options"]["four_bit"] else "float32"
+    """The columns `WHAT`: what was trained, and on what."""
     return [
-        row["task"], f"{row['rows']} x {row['epochs']:g}", method, base, row.get("few_shot_examples") or "-",
-        f"{row['learning_rate']:g}",
+        row["task"], f"{row['rows']} x {row['epochs']:g}", row["method"] + ", no centers" * uncentered(row), base(row),
+        row.get("few_shot_examples") or "-", f"{row['learning_rate']:g}",
     ]  # fmt: skip
 
 
-WHAT = ["task", "rows x epochs", "method", "base", "worked examples", "learning rate"]
+def best(groups: list[Seeds]) -> list[Seeds]:
+    """Of every method on a task, with as many rows and examples: its best learning rate on the validation rows.
+
+    A run without centers is left out where there is one with them.
+    """
+    rates: dict[tuple[object, ...], list[Seeds]] = {}
+    for group in groups:
+        task, amount, _, precision, examples, _ = what(group[0])
+        rates.setdefault((task, amount, group[0]["method"], precision, examples), []).append(group)
+    result = []
+    for found in rates.values():
+        result.append(targets.chosen([group for group in found if not uncentered(group[0])] or found))
+    return result
 
 
 def peaks() -> dict[str, float]:
-    """GiB at the peak of a step on the CPU, by method."""
+    """GiB at the peak of a step of 4 x 256 on the CPU, by method, each on the base of `benchmarks.methods`."""
     found = [row for row in rows.read("steps") if row["base"] == "smollm2-135m" and not row["out_of_memory"]]
     return {row["method"]: rows.peak(row) / 2**30 for row in found}
 
 
-def results(images: Path) -> str:
-    """What was reported, and the two plots."""
-    groups = runs(reported=True)
+def peak(row: Row, memory: dict[str, float]) -> float | None:
+    """The method's peak; none where it was measured with another base, task or prompt than this row's."""
+    comparable = METHODS[row["method"]].four_bit == row["options"]["four_bit"] and row["task"] not in ACCURACY
+    return memory.get(row["method"]) if comparable and not row.get("few_shot_examples") else None
+
+
+def costs(group: Seeds, memory: dict[str, float]) -> list[str]:
+    """Seconds of training, and the peak of a step."""
+    gib = peak(group[0], memory)
+    return [f"{targets.seconds(group):.0f}", "-" if gib is None else f"{gib:.2f}"]
+
+
+def origin(groups: list[Seeds]) -> str:
+    """Where the rows come from."""
+    return source([row for group in groups for row in group], groups[-1][-1]["command"])
+
+
+def summary(images: Path) -> str:
+    """Side networks beside LoRA and QLoRA, each at its best learning rate."""
+    groups = [group for group in best(runs(tested=True)) if len(group) >= SEEDS]
     if not groups:
         return not_measured(TRAIN)
     memory = peaks()
-    lines = []
-    by_time: dict[str, list[tuple[float, float]]] = {}
-    by_memory: dict[str, list[tuple[float, float]]] = {}
-    for group in groups:
-        first = group[0]
-        held = f"{memory[first['method']]:.2f}" if first["method"] in memory else "-"
-        lines.append([
-            *what(first), len(group),
-            f"{first['trained_parameters'] / 1e6:.2f}", f"{mean(row['seconds'] for row in group):.0f}", held,
+    lines = [
+        [*what(group[0]), *costs(group, memory), spread(row["test"] for row in group)]
+        for group in sorted(groups, key=lambda group: (group[0]["task"], group[0]["method"].startswith("side")))
+    ]
+    return f"{markdown([*WHAT, 'training, s', PEAK, 'test'], lines)}\n\n{origin(groups)}"
+
+
+def results(images: Path) -> str:
+    """All rows with a test result, and the two plots."""
+    groups = runs(tested=True)
+    if not groups:
+        return not_measured(TRAIN)
+    memory = peaks()
+    lines = [
+        [
+            *what(group[0]), len(group), f"{group[0]['trained_parameters'] / 1e6:.2f}", *costs(group, memory),
             spread(row["validation"] for row in group), spread(row["test"] for row in group),
-        ])  # fmt: skip
-        if first["task"] == "gsm8k":
-            _, amount, method, base, examples, _ = what(first)
-            label = f"{method}, {base}, {amount} rows" + (f", {examples} examples" if examples != "-" else "")
-            by_time[label] = [
-                (mean(p[2] for p in points), mean(p[3] for p in points))
-                for points in zip(*(row["curve"] for row in group), strict=True)
-            ]
-            if first["method"] in memory:
-                loss = mean(row["test"] for row in group)
-                by_memory[label] = [(memory[first["method"]], loss)]
-    header = [
-        *WHAT, "seeds", "trained, million", "training, s", "peak of a step, GiB", "rows to choose by", "test",
+        ]
+        for group in groups
     ]  # fmt: skip
-    parts = [markdown(header, lines), source([row for group in groups for row in group], groups[-1][-1]["command"])]
-    axis = "held-out loss, nats per token"
-    parts.append(plot(images / "quality-time.svg", by_time, "training seconds", axis))
+    header = [*WHAT, "seeds", "trained, million", "training, s", PEAK, "validation", "test"]
+    return "\n\n".join([markdown(header, lines), origin(groups), *plots(images, groups, memory)])
+
+
+def plots(images: Path, groups: list[Seeds], memory: dict[str, float]) -> list[str]:
+    """GSM8K, each method at its best rate: validation loss against time, and test loss against memory."""
+    by_time: Lines = {}
+    by_memory: Lines = {}
+    for group in best([group for group in groups if group[0]["task"] == "gsm8k"]):
+        _, amount, method, precision, examples, _ = what(group[0])
+        label = f"{method}, {precision}, {amount} rows" + (f", {examples} examples" if examples != "-" else "")
+        curves = zip(*(row["curve"] for row in group), strict=True)  # points: step, tokens, seconds, validation loss
+        by_time[label] = [(mean(point[2] for point in seeds), mean(point[3] for point in seeds)) for seeds in curves]
+        gib = peak(group[0], memory)
+        if gib is not None:
+            by_memory[label] = [(gib, targets.tested(group))]
+    time, space = images / "quality-time.svg", images / "quality-memory.svg"
+    drawn = [plot(time, by_time, "training seconds", "GSM8K validation loss, nats per token")]
     if by_memory:
-        parts.append(plot(images / "quality-memory.svg", by_memory, "peak memory of a step of 4 x 256, GiB", axis))
-    return "\n\n".join(parts)
+        drawn.append(plot(space, by_memory, "peak memory of a step of 4 x 256, GiB", "GSM8K test loss, nats per token"))
+    return drawn
 
 
 def rates(images: Path) -> str:
     """Learning rates that were tried; not their times, as other work may run beside such a search."""
-    groups = runs(reported=False)
+    groups = runs(tested=False)
     if not groups:
         return not_measured(TRAIN)
     lines = [[*what(group[0]), spread(row["validation"] for row in group)] for group in groups]
-    header = [*WHAT, "rows to choose by"]
-    return "\n\n".join(
-        [markdown(header, lines), source([row for group in groups for row in group], groups[-1][-1]["command"])]
-    )
+    return f"{markdown([*WHAT, 'validation'], lines)}\n\n{origin(groups)}"
 
 
-def search(images: Path) -> str:
-    """Every ablation: expected, and found."""
+def ablations(images: Path) -> str:
+    """Every ablation: what was expected, and the result."""
     found = {row["name"]: row for row in rows.read("ablations")}
     if not found:
         return not_measured(SEARCH)
     lines = []
     for ablation in ABLATIONS:
         row = found.get(ablation.name)
-        if row is None:
-            lines.append([f"`{ablation.name}`", ablation.what, ablation.predicted, "-", "-", "-", "not run"])
-            continue
-        lines.append([
-            f"`{ablation.name}`", ablation.what, ablation.predicted, row["steps"],
-            f"{row['trained_parameters'] / 1e6:.2f}",
-            f"{row['seconds']:.0f}", f"{row['loss_at_end']:.4f}",
-        ])  # fmt: skip
+        result = ["-", "-", "-", "not run"] if row is None else [
+            row["steps"], f"{row['trained_parameters'] / 1e6:.2f}", f"{row['seconds']:.0f}", f"{row['loss_at_end']:.4f}"
+        ]  # fmt: skip
+        lines.append([f"`{ablation.name}`", ablation.what, ablation.predicted, *result])
     start = next(iter(found.values()))["loss_at_start"]
-    header = ["ablation", "what", "expected", "steps", "trained, million", "seconds", "loss"]
+    header = ["ablation", "what", "expected", "steps", "trained, million", "seconds", "validation loss"]
+    command = list(found.values())[-1]["command"]
     return "\n\n".join([
-        f"Held-out nats per token; the base itself: {start:.4f}.",
-        markdown(header, lines), source(found.values(), list(found.values())[-1]["command"]),
+        f"The base without training: {start:.4f} nats per token.", markdown(header, lines),
+        source(found.values(), command),
     ])  # fmt: skip
 
 
-def asked(images: Path) -> str:
+def target_table(images: Path) -> str:
     """The targets."""
-    groups = runs(reported=True)
-    return targets.table(groups, peaks) if groups else not_measured(TRAIN)
+    groups = runs(tested=True)
+    return targets.table(groups, peaks()) if groups else not_measured(TRAIN)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"asked": asked, "results": results, "rates": rates, "ablations": search}
+TABLES: Tables = {
+    "summary": summary, "targets": target_table, "results": results, "rates": rates, "ablations": ablations,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

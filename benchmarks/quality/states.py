@@ -1,9 +1,9 @@
-"""The states of the frozen base, computed once and kept: what a network beside it reads, whatever that network is.
+"""A cache of the frozen base's hidden states: computed once, read by every network beside the base.
 
     states (31, batch, length, 576):  embeddings, and every block's output before the final norm;  f = norm(state 30)
 
-A forward pass of the base is most of the price of a step. With its states kept, an experiment costs its network only.
-They are bfloat16 files of `results/parts/` (about 9 MB a row of GSM8K), read again if the rows are still the same ones.
+A forward pass of the base is most of the cost of a step. With a cache, an experiment costs its network only. States are
+bfloat16 files of `results/parts/` (about 9 MB a row of GSM8K), read again if the rows are still the same ones.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def normalized(state: Tensor) -> Tensor:
     return F.rms_norm(state.float(), state.shape[-1:], eps=1e-5)
 
 
-def kept(task: Task, train_rows: int, validation_rows: int) -> tuple[list[Batch], list[Batch]]:
-    """Batches to train on and to choose by, each with the base's `taps` and `normed`.
+def cached(task: Task, train_rows: int, validation_rows: int) -> tuple[list[Batch], list[Batch]]:
+    """Training and validation batches, each with the base's `taps` and `normed`.
 
     Args:
         task: One whose answers are text.
         train_rows: From its first rows, in the order of the first epoch of seed 0.
-        validation_rows: From its first rows to choose by, shortest first.
+        validation_rows: From its first validation rows, shortest first.
 
     Returns:
         Batches of `taps` (31, batch, length, 576) and `normed` (batch, length, 576), bfloat16, and `input_ids`,
@@ -44,7 +44,7 @@ def kept(task: Task, train_rows: int, validation_rows: int) -> tuple[list[Batch]
     """
     wanted = {
         f"states-{task.name}-train-{train_rows}": [task.batch(part) for part in task.epochs(train_rows, BATCH, 1, 0)],
-        f"states-{task.name}-choose-{validation_rows}": task.evaluated(task.choose[:validation_rows], BATCH),
+        f"states-{task.name}-validation-{validation_rows}": task.evaluated(task.validation[:validation_rows], BATCH),
     }
     found = {name: _load(name, batches) for name, batches in wanted.items()}
     missing = [name for name, batches in found.items() if batches is None]
@@ -52,8 +52,8 @@ def kept(task: Task, train_rows: int, validation_rows: int) -> tuple[list[Batch]
     for name in missing:
         found[name] = read(base, tqdm(wanted[name], name, unit="batch"))
         _save(name, found[name])
-    train, choose = (batches or [] for batches in found.values())
-    return train, choose
+    train, validation = (batches or [] for batches in found.values())
+    return train, validation
 
 
 @torch.no_grad()

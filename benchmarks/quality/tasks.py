@@ -1,6 +1,6 @@
-"""The tasks of the yardstick: rows as token ids, split into what is trained on, chosen by and reported.
+"""The tasks of the quality benchmark: rows as token ids, in training, validation and test sets.
 
-| task    | trained on                | chosen by            | reported           | measure           |
+| task    | training                  | validation           | test               | measure           |
 |---------|---------------------------|----------------------|--------------------|-------------------|
 | `gsm8k` | train rows 0 to 6,999     | train 7,000 to 7,472 | test rows 0 to 299 | nats per token    |
 | `dolly` | rows 0 to 2,395           | 2,396 to 2,695       | 2,696 to 2,995     | nats per token    |
@@ -42,16 +42,16 @@ class Task:
     Attributes:
         name: As in commands and rows.
         labels: Number of classes; none where the answer is text.
-        train, choose, report: Rows with `input_ids` and `labels`; of a class, `labels` is one integer.
+        train, validation, test: Rows with `input_ids` and `labels`; of a class, `labels` is one integer.
         padding: Token id that fills a batch.
-        few_shot_examples: Tokens of the worked examples that every row begins with, the system prompt aside.
+        few_shot_examples: Tokens of the few-shot examples that every row begins with, the system prompt aside.
     """
 
     name: str
     labels: int | None
     train: list[Encoded]
-    choose: list[Encoded]
-    report: list[Encoded]
+    validation: list[Encoded]
+    test: list[Encoded]
     padding: int
     few_shot_examples: int = 0
 
@@ -90,8 +90,8 @@ class Texts:
     """A task's rows with `question`, `answer` and, where there are classes, `label`; `labels` counts the classes."""
 
     train: list[dict[str, Any]]
-    choose: list[dict[str, Any]]
-    report: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    test: list[dict[str, Any]]
     labels: int | None = None
 
 
@@ -122,7 +122,7 @@ def load(name: str, tokenizer: Any, folder: Path | None, few_shot_examples: int 
         prompt = _prompt(shown, row["question"])
         return {"input_ids": prompt[:before] + prompt[before:][-MAX_LENGTH:], "labels": row["label"]}
 
-    parts = [[encoded(row) for row in part] for part in (texts.train, texts.choose, texts.report)]
+    parts = [[encoded(row) for row in part] for part in (texts.train, texts.validation, texts.test)]
     return Task(name, texts.labels, *parts, padding=tokenizer.pad_token_id, few_shot_examples=before)
 
 

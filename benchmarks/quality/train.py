@@ -1,4 +1,4 @@
-"""What methods have learned of a task after the same data, and in what time: one row a method and seed.
+"""What each method learns from the same data, and in what time: one row per method and seed.
 
     python -m benchmarks.quality.train --task gsm8k --data FOLDER --methods side=2e-3 lora=5e-4 --rows 400
 
@@ -31,7 +31,7 @@ NAME = "quality"
 
 @dataclass(frozen=True)
 class Entrant:
-    """A method, its learning rate, and the worked examples it sees before every row."""
+    """A method, its learning rate, and the number of few-shot examples before every row."""
 
     method: methods.Method
     rate: float
@@ -79,8 +79,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=1, help="how often they are read (1)")
     parser.add_argument("--batch", type=positive, default=8, help="rows in a step (8)")
     parser.add_argument("--evaluate-every", type=positive, metavar="STEPS", help="steps between (only at the end)")
-    parser.add_argument("--validation-rows", type=positive, default=100, help="held-out rows of an evaluation (100)")
-    parser.add_argument("--report", type=positive, metavar="ROWS", help="so many of those reported, at the end")
+    parser.add_argument("--validation-rows", type=positive, default=100, help="rows of an evaluation (100)")
+    parser.add_argument("--test-rows", type=positive, metavar="ROWS", help="test rows, evaluated at the end (none)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of data order and new weights (0)")
     arguments = parser.parse_args()
     try:
@@ -88,9 +88,11 @@ def main() -> None:
         tokenizer = smollm2_tokenizer()
         numbers = {entrant.few_shot_examples for entrant in wanted}
         tasks = {number: load(arguments.task, tokenizer, arguments.data, number) for number in numbers}
-        available = len(tasks[max(numbers)].choose)
-        if arguments.validation_rows > available:
-            raise ValueError(f"choose-rows is {arguments.validation_rows}; {arguments.task} has {available} of them.")
+        task = tasks[max(numbers)]
+        sizes = {"rows": task.train, "validation_rows": task.validation, "test_rows": task.test}
+        for name, part in sizes.items():
+            if (getattr(arguments, name) or 0) > len(part):
+                raise ValueError(f"{name} is {getattr(arguments, name)}; {arguments.task} has {len(part)} of them.")
     except ValueError as error:
         parser.error(str(error))
 
@@ -99,8 +101,8 @@ def main() -> None:
 
 
 def train(tasks: dict[int, Task], wanted: list[Entrant], seed: int, arguments: argparse.Namespace) -> None:
-    """One seed of every method that has no row yet; `tasks` by their number of worked examples."""
-    # Another number of worked examples changes no row's place: all rows are longer by the same tokens.
+    """One seed of every method that has no row yet; `tasks` by their number of few-shot examples."""
+    # Another number of few-shot examples changes no row's place: all rows are longer by the same tokens.
     batches = {
         number: task.epochs(arguments.rows, arguments.batch, arguments.epochs, seed) for number, task in tasks.items()
     }
@@ -110,13 +112,12 @@ def train(tasks: dict[int, Task], wanted: list[Entrant], seed: int, arguments: a
             "task": arguments.task, "model": "SmolLM2-135M-Instruct", "method": entrant.method.name,
             "options": entrant.method.options(), "learning_rate": entrant.rate,
             "few_shot_examples": entrant.few_shot_examples, "seed": seed, "rows": arguments.rows,
-            "epochs": arguments.epochs,
-            "batch": arguments.batch, "steps": steps, "validation_rows": arguments.validation_rows,
-            "test_rows": arguments.report,
+            "epochs": arguments.epochs, "batch": arguments.batch, "steps": steps,
+            "validation_rows": arguments.validation_rows, "test_rows": arguments.test_rows,
         }
         for entrant in wanted
     ]  # fmt: skip
-    done = {key(row) for row in rows.read(NAME) if row["test"] is not None or not arguments.report}
+    done = {key(row) for row in rows.read(NAME) if row["test"] is not None or not arguments.test_rows}
     left = [(run, entrant) for run, entrant in zip(runs, wanted, strict=True) if key(run) not in done]
     if not left:
         return
@@ -130,7 +131,7 @@ def train(tasks: dict[int, Task], wanted: list[Entrant], seed: int, arguments: a
     def evaluate() -> None:
         for curve, (run, learner) in zip(curves, learners, strict=True):
             task = learner.task
-            value = learner.measure(task.evaluated(task.choose[: arguments.validation_rows], arguments.batch))
+            value = learner.measure(task.evaluated(task.validation[: arguments.validation_rows], arguments.batch))
             curve.append([learner.step_number, learner.tokens, round(learner.clock, 3), round(value, 5)])
             tqdm.write(f"{run['method']} {run['learning_rate']:g} seed {seed}: step {curve[-1]}")
 
@@ -141,16 +142,16 @@ def train(tasks: dict[int, Task], wanted: list[Entrant], seed: int, arguments: a
             evaluate()
     evaluate()
     for curve, (run, learner) in zip(curves, learners, strict=True):
-        report = None
-        if arguments.report:
+        test = None
+        if arguments.test_rows:
             task = learner.task
-            report = learner.measure(task.evaluated(task.report[: arguments.report], arguments.batch))
+            test = learner.measure(task.evaluated(task.test[: arguments.test_rows], arguments.batch))
         trained = sum(parameter.numel() for parameter in methods.trained(learner.model))
         rows.append(
             NAME,
             {
                 **run, "trained_parameters": trained, "tokens": learner.tokens, "seconds": learner.clock,
-                "curve": curve, "validation": curve[-1][-1], "test": report, **source,
+                "curve": curve, "validation": curve[-1][-1], "test": test, **source,
             },
         )  # fmt: skip
 

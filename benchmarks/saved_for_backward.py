@@ -1,11 +1,11 @@
-"""Bytes that a training step holds for backward, per token, counted on the true shapes, on any machine.
+"""Bytes that a training step saves for backward, per token: counted on the true shapes, on any machine.
 
-    python -m benchmarks.held --base llama-3-8b --method side lora
+    python -m benchmarks.saved_for_backward --base llama-3-8b --method side lora
 
 The model has shapes and no numbers (PyTorch's FakeTensorMode; a CPU's operators, bfloat16). One forward pass with the
 loss runs; every storage that autograd then keeps counts once, weights and buffers not at all. The slope between two
-lengths is the bytes per token. Everything is supervised. Four-bit weights change nothing in what is held, so LoRA
-stands for QLoRA. Rows go to `results/held.jsonl`.
+lengths is the bytes per token. Everything is supervised. Four-bit weights change nothing in what is saved, so LoRA
+stands for QLoRA. Rows go to `results/saved_for_backward.jsonl`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from benchmarks import bases, methods, rows
 from qtuning_peft.loss import chunked_cross_entropy
 
 METHODS = (
-    "side", "side-paper", "side-gated", "side-checkpointed", "side-int8", "side-int4", "side-recompute",
-    "side-projection", "side-lean", "lora", "lora-checkpointed", "full",
+    "side", "side-paper", "side-checkpointed", "side-int8", "side-int4", "side-projection", "side-lean", "lora",
+    "lora-checkpointed", "full",
 )  # fmt: skip
 BASES = ("llama-2-7b", "llama-2-70b", "llama-3-8b")
 LENGTHS = (256, 512)
 
 
-class Held:
+class Saved:
     """A tensor that autograd keeps, for as long as it does."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -44,27 +44,27 @@ class Held:
 
 
 class Counter:
-    """Counts what is held at the moment, beside the weights and buffers of `model`."""
+    """Counts what is saved at the moment, apart from the weights and buffers of `model`."""
 
     def __init__(self, model: nn.Module) -> None:
         self._weights = {_storage(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-        self._held: weakref.WeakSet[Held] = weakref.WeakSet()
+        self._saved: weakref.WeakSet[Saved] = weakref.WeakSet()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Count the graphs that are recorded in this context."""
 
-        def pack(tensor: Tensor) -> Held:
-            held = Held(tensor)
-            self._held.add(held)
-            return held
+        def pack(tensor: Tensor) -> Saved:
+            saved = Saved(tensor)
+            self._saved.add(saved)
+            return saved
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
             yield
 
     def bytes(self) -> int:
         """In all storages, each once."""
-        storages = {_storage(held.tensor): held.tensor.untyped_storage().nbytes() for held in self._held}
+        storages = {_storage(saved.tensor): saved.tensor.untyped_storage().nbytes() for saved in self._saved}
         return sum(size for storage, size in storages.items() if storage not in self._weights)
 
 
@@ -74,7 +74,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 class AllTrue(TorchDispatchMode):
-    """Without numbers, nobody can tell where a mask is true: here it is everywhere. No padding, all supervised."""
+    """Without numbers no mask is known: here masks are true everywhere. No padding, all supervised."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten.index.Tensor and _is_mask(args[1][0]):
@@ -115,11 +115,11 @@ def without_numbers(model: nn.Module, mode: FakeTensorMode) -> None:
             tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
 
 
-def held_bytes(model: nn.Module, input_ids: Tensor) -> int:
-    """What one forward pass with the loss holds, all tokens supervised."""
+def saved_bytes(model: nn.Module, input_ids: Tensor) -> int:
+    """Bytes that one forward pass with the loss saves for backward, all tokens supervised."""
     counter = Counter(model)
     with counter.watching():
-        # In a name: nothing would be held for a loss that is gone.
+        # In a name: nothing stays saved for a loss that is gone.
         loss = chunked_cross_entropy(model, input_ids, input_ids)
     count = counter.bytes()
     del loss
@@ -127,14 +127,14 @@ def held_bytes(model: nn.Module, input_ids: Tensor) -> int:
 
 
 def count(base: str, name: str, lengths: tuple[int, ...]) -> list[int]:
-    """Bytes held at each length, batch 1."""
+    """Bytes saved at each length, batch 1."""
     method = methods.find(name)
     with torch.device("meta"):
         model = methods.apply(method, bases.skeleton(base, torch.bfloat16))
     mode = FakeTensorMode()
     without_numbers(model, mode)
     with pretending(mode):
-        return [held_bytes(model, torch.zeros(1, length, dtype=torch.int64)) for length in lengths]
+        return [saved_bytes(model, torch.zeros(1, length, dtype=torch.int64)) for length in lengths]
 
 
 def row_of(base: str, name: str, lengths: tuple[int, ...], counts: list[int]) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def row_of(base: str, name: str, lengths: tuple[int, ...], counts: list[int]) ->
     return {
         "base": base, "method": name, "options": methods.find(name).options(), "dtype": "bfloat16",
         "hidden_size": config.hidden_size, "layers": config.num_hidden_layers, "vocabulary": config.vocab_size,
-        "lengths": list(lengths), "held_bytes": counts, "bytes_per_token": slope,
+        "lengths": list(lengths), "saved_bytes": counts, "bytes_per_token": slope,
         "bytes_at_no_length": counts[0] - slope * lengths[0],
     }  # fmt: skip
 
@@ -161,7 +161,7 @@ def main(progress: Callable[..., Any] = tqdm) -> None:
         parser.error(f"lengths are {short} and {long}; give two lengths of at least 2, the shorter first.")
     for base, name in progress([(base, name) for base in arguments.base for name in arguments.method]):
         row = row_of(base, name, (short, long), count(base, name, (short, long))) | rows.provenance()
-        rows.append("held", row)
+        rows.append("saved_for_backward", row)
         print(json.dumps(row))
 
 
