@@ -27,6 +27,7 @@ from transformers import masking_utils
 
 from benchmarks import bases, methods, rows
 from qtuning_peft.loss import chunked_cross_entropy
+from qtuning_peft.side_tuning.network.quantize import Quantized
 
 METHODS = (
     "side", "side-paper", "side-checkpointed", "side-int8", "side-int4", "side-projection", "side-lean", "lora",
@@ -49,6 +50,7 @@ class Counter:
     def __init__(self, model: nn.Module) -> None:
         self._weights = {_storage(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
         self._saved: weakref.WeakSet[Saved] = weakref.WeakSet()
+        self._quantized: weakref.WeakSet[Tensor] = weakref.WeakSet()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -59,12 +61,21 @@ class Counter:
             self._saved.add(saved)
             return saved
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        def quantized(states: Tensor, bits: int) -> Quantized:
+            # Packed by hooks of the package's own, inside of which these are not called.
+            result = quantize(states, bits)
+            self._quantized.update(result[:2])
+            return result
+
+        quantize = Quantized.of
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor)
+        with hooks, patch.object(Quantized, "of", quantized):
             yield
 
     def bytes(self) -> int:
         """In all storages, each once."""
-        storages = {_storage(saved.tensor): saved.tensor.untyped_storage().nbytes() for saved in self._saved}
+        tensors = [*(saved.tensor for saved in self._saved), *self._quantized]
+        storages = {_storage(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
         return sum(size for storage, size in storages.items() if storage not in self._weights)
 
 

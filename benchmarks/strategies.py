@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 from statistics import mean, stdev
 from typing import Any
 
@@ -30,7 +31,8 @@ from qtuning_peft.demo.gsm8k import read_rows
 from qtuning_peft.eu_plane import EUPruner, score
 from qtuning_peft.eu_plane.rows import RowEncoder
 from qtuning_peft.loss import IGNORE_INDEX, chunked_cross_entropy
-from qtuning_peft.side_tuning.base_states import BaseStates, base_states, use_in_next_forward
+from qtuning_peft.side_tuning.follow import BaseStates, BlockCall, record_states
+from qtuning_peft.states import reuse_of
 
 REDUCTION_FACTOR, LAYERS, LEARNING_RATE, STEPS_PER_EPOCH, EPOCHS, SEEDS = (
     16,
@@ -75,24 +77,21 @@ class States:
         found: dict[int, BaseStates] = {}
         for start in range(0, len(order), 16):
             part = order[start : start + 16]
-            states = base_states(model, padded([input_ids[i] for i in part], 0))
+            states = record_states(model, padded([input_ids[i] for i in part], 0))
             for place, index in enumerate(part):
                 found[index] = self._row(states, place, len(input_ids[index]))
         self.rows = [found[index] for index in range(len(encoded))]
-        self.rotary = states.blocks[0][1]["position_embeddings"]
 
     @staticmethod
     def _row(states: BaseStates, place: int, length: int) -> BaseStates:
         def of(values: Tensor) -> Tensor:
             return values[place : place + 1, :length].bfloat16()
 
-        return BaseStates(
-            states.input_ids[place : place + 1, :length],
-            embeddings=of(states.embeddings),
-            blocks=[(block, {}, of(hidden_states)) for block, _, hidden_states in states.blocks],
+        return replace(
+            states, input_ids=states.input_ids[place : place + 1, :length], embeddings=of(states.embeddings),
+            blocks=[(layer, of(hidden_states), BlockCall()) for layer, hidden_states, _ in states.blocks],
             normed=of(states.normed),
-            output=states.output,
-        )
+        )  # fmt: skip
 
     def batch(self, indices: list[int]) -> BaseStates:
         """The states of several rows, padded at the right."""
@@ -103,18 +102,21 @@ class States:
             return torch.cat([torch.nn.functional.pad(p, (0, 0, 0, length - p.shape[1])).float() for p in parts])
 
         ids = [torch.nn.functional.pad(states.input_ids, (0, length - states.input_ids.shape[1])) for states in chosen]
-        rotary = tuple(part[:, :length] for part in self.rotary)
         blocks = [
-            (block, {"position_embeddings": rotary}, stacked([states.blocks[i][2] for states in chosen]))
-            for i, (block, _, _) in enumerate(chosen[0].blocks)
+            (layer, stacked([states.blocks[i][1] for states in chosen]), BlockCall())
+            for i, (layer, _, _) in enumerate(chosen[0].blocks)
         ]
-        return BaseStates(
-            torch.cat(ids),
-            embeddings=stacked([s.embeddings for s in chosen]),
-            blocks=blocks,
+        return replace(
+            chosen[0], input_ids=torch.cat(ids), embeddings=stacked([s.embeddings for s in chosen]), blocks=blocks,
             normed=stacked([s.normed for s in chosen]),
-            output=chosen[0].output,
-        )
+        )  # fmt: skip
+
+
+def serve(model: Any, states: BaseStates) -> None:
+    """Let the next pass in training mode take `states` for the base's."""
+    reuse = reuse_of(model)
+    assert reuse is not None
+    reuse.serve_next(states)
 
 
 def padded(ids: list[list[int]], fill: int) -> Tensor:
@@ -126,7 +128,7 @@ def padded(ids: list[list[int]], fill: int) -> Tensor:
 def loss_of(model: Any, states: States, indices: list[int], labels: list[list[int]], total: bool = False) -> Tensor:
     """Loss of a batch, its mean or its sum over supervised tokens."""
     batch = states.batch(indices)
-    use_in_next_forward(model, batch)
+    serve(model, batch)
     return chunked_cross_entropy(model, batch.input_ids, padded(labels, IGNORE_INDEX), num_items=1 if total else None)
 
 
@@ -171,7 +173,7 @@ def with_reference(scored: Dataset, model: Any, states: States) -> Dataset:
     with torch.no_grad():
         for index, row in enumerate(scored):
             batch = states.batch([index])
-            use_in_next_forward(model, batch)
+            serve(model, batch)
             logits = model(input_ids=batch.input_ids).logits[0, :-1].float()
             targets = torch.tensor(row["labels"])[1:]
             kept = targets != IGNORE_INDEX

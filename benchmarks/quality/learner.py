@@ -18,8 +18,7 @@ from benchmarks.common import NF4, checkpoint, smollm2
 from benchmarks.quality.tasks import Batch, Task
 from benchmarks.step import seconds
 from qtuning_peft.loss import IGNORE_INDEX, chunked_cross_entropy
-from qtuning_peft.side_tuning.base_states import side_tuning_layer
-from qtuning_peft.side_tuning.shared_prefix import common_prefix
+from qtuning_peft.states import cache_states, common_prefix, reuse_of
 from qtuning_peft.trainer import ROWS
 
 WARM_UP = 0.1
@@ -57,10 +56,10 @@ class Learner:
         self.optimizer = methods.optimizer(method, self.model, rate)
         self.device = next(self.model.parameters()).device
         if method.is_side:
-            layer = side_tuning_layer(self.model)
-            assert layer is not None
-            layer.share_prefix(common_prefix(task.train[:ROWS]))
-            layer.keep_states(HIDDEN_STATE_CACHE if epochs > 1 else 0)
+            reuse = reuse_of(self.model)
+            assert reuse is not None
+            reuse.cache_prefix(common_prefix(task.train[:ROWS]))
+            cache_states(self.model, HIDDEN_STATE_CACHE if epochs > 1 else 0)
 
     def step(self, batch: Batch) -> None:
         """One step; the clock runs."""

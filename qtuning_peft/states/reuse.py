@@ -97,7 +97,8 @@ def may_serve(follower: Follower, inputs: Mapping[str, Any], by_row: bool) -> bo
         inputs: The decoder's arguments.
         by_row: Whether from other batches than this very one.
     """
-    network = follower.host.active_network() if follower.host.training and torch.is_grad_enabled() else None
+    training = follower.host.training and (torch.is_grad_enabled() or not by_row)
+    network = follower.host.active_network() if training else None
     if network is None or any(inputs.get(name) for name in MORE):
         return False
     if not by_row:
