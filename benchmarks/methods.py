@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from qtuning_peft import SideTuningConfig
+from qtuning_peft.side_tuning.network import NetworkSettings
 
 NOT_REENTRANT = {"use_reentrant": False}
 
@@ -59,7 +60,7 @@ class Method:
         given: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
         if self.is_side:  # with the defaults, so that a changed default is another measurement
             config = SideTuningConfig(**self.arguments)
-            own = {name: getattr(config, name) for name in SideTuningConfig.__annotations__}
+            own = {f.name: getattr(config, f.name) for f in fields(NetworkSettings)}
             given["arguments"] = {name: value for name, value in own.items() if value is not None}
         return given
 
