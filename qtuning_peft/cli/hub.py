@@ -51,8 +51,8 @@ def push(
         from ..hub.metadata import TrainingMetadata
         from ..hub.sharing import push as upload
 
-        facts = TrainingMetadata(datasets=tuple(dataset or ()), language=tuple(language or ()), license=license)
-        address = upload(folder, repo, private=private, revision=revision, message=message, facts=facts)
+        known = TrainingMetadata(datasets=tuple(dataset or ()), language=tuple(language or ()), license=license)
+        address = upload(folder, repo, private=private, revision=revision, message=message, training=known)
         console.print(printable(address), highlight=False)
 
 
@@ -78,6 +78,6 @@ def info(
         from ..hub.sharing import describe
 
         table = Table(box=None, show_header=False, pad_edge=False)
-        for name, value in describe(adapter, revision):
-            table.add_row(*(Text("".join(c if c.isprintable() else " " for c in text)) for text in (name, value)))
+        for known in describe(adapter, revision).items():
+            table.add_row(*map(Text, known))
         Console().print(table, highlight=False)
