@@ -224,6 +224,16 @@ def test_the_loss_before_training_stands_beside_the_loss_after_it(model: PeftMod
     assert model.training_metadata.seconds is None
 
 
+def test_the_time_of_a_resumed_training_says_from_where_it_counts(model: PeftModel) -> None:
+    callback = TrainingMetadataCallback(model, {}, None)
+    state = SimpleNamespace(log_history=[], global_step=8, best_global_step=None)
+    callback.on_train_begin(None, state, None)
+    state.global_step = 10
+    callback.on_log(SimpleNamespace(load_best_model_at_end=False), state, None)
+    rows = model.training_metadata.rows()
+    assert (rows["steps"], rows["time counts"]) == ("10", "from step 8 on")
+
+
 def test_cards_of_other_methods_are_left_alone(tmp_path: Path) -> None:
     get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     assert "qtuning" not in (tmp_path / "README.md").read_text()

@@ -32,6 +32,7 @@ TAGS = ("qst", "side-tuning", "qtuning-peft")
 BASE_TAG = "base_model:adapter:"  # of PEFT, followed by the base's name
 LARGEST_CARD, LARGEST_METADATA = 2**22, 2**17
 # Pipeline on the Hub, and the class that loads it.
+DEFAULT = (None, "AutoPeftModel")
 TASKS = {
     "CAUSAL_LM": ("text-generation", "AutoPeftModelForCausalLM"),
     "SEQ_CLS": ("text-classification", "AutoPeftModelForSequenceClassification"),
@@ -63,37 +64,33 @@ def complete(
         ValueError: when the card cannot be read.
     """
     card, training = load_card(readme), training or TrainingMetadata()
-    base, (pipeline, cls) = config.base_model_name_or_path, TASKS.get(config.task_type or "", (None, "AutoPeftModel"))
+    base = config.base_model_name_or_path
     rendered = TEMPLATE.render(
-        use=USE, marks=MARKS, adapter=adapter, cls=cls, training=training, row=row, cells_of=cells_of,
+        use=USE, marks=MARKS, adapter=adapter, training=training, row=row, cells_of=cells_of,
+        cls=TASKS.get(config.task_type or "", DEFAULT)[1],
         # Of a folder on the author's machine only the last name.
         base=(base if is_hub_name(base) else Path(base).name) if base else "its base",
-        settings=yaml.safe_dump({name: value for name in SETTINGS if (value := getattr(config, name)) is not None}),
+        settings=yaml.safe_dump(settings_of(config)),
         fence=max([*re.findall("`+", training.recipe or ""), "``"], key=len) + "`",
     )  # fmt: skip
-    section = split(rendered, MARKS)[1]
-    data, former = card.data, split(card.text, MARKS)[1] if section else ""
-    data.library_name = "peft"
-    data.pipeline_tag = data.pipeline_tag or pipeline
-    # The Hub refuses a card whose base or data are a folder's.
-    tags = {*listed(data.tags), *tags, *TAGS}
-    data.tags = sorted(tag for tag in tags if not tag.startswith(BASE_TAG) or is_hub_name(tag.removeprefix(BASE_TAG)))
-    if base and is_hub_name(base):
-        data.base_model = base
-    elif not all(map(is_hub_name, listed(data.base_model))):
-        data.base_model = None
-    data.base_model_relation = "adapter" if data.base_model else None
-    _describe_training(data, training, former)
-    if data.eval_results:
+    use, section = split(rendered, USE)[1], split(rendered, MARKS)[1]
+    _describe(card.data, config, {*listed(card.data.tags), *tags, *TAGS})
+    _describe_training(card.data, training, split(card.text, MARKS)[1] if section else "")
+    if card.data.eval_results:
         # Axolotl names a model by the folder it writes to.
-        name = data.model_name
-        data.model_name = (adapter if name in (None, "ADAPTER") else str(name)).split("/")[-1]
-    text = _put(section, MARKS, _put(split(rendered, USE)[1], USE, card.text), behind=USE[1])
+        name = card.data.model_name
+        card.data.model_name = (adapter if name in (None, "ADAPTER") else str(name)).split("/")[-1]
+    text = _put(section, MARKS, _put(use, USE, card.text), behind=USE[1])
     # TRL's snippet fails without our import.
     snippet = "```python\n{}from transformers import pipeline\n"
     card.text = text.replace(snippet.format(""), snippet.format("import qtuning_peft  # registers QST with PEFT\n"))
     with replacing(readme) as unfinished:
         unfinished.write_text(str(card), encoding="utf-8")
+
+
+def settings_of(config: SideTuningConfig) -> dict[str, Any]:
+    """What a configuration sets beside what every PEFT configuration has."""
+    return {name: value for name in SETTINGS if (value := getattr(config, name)) is not None}
 
 
 def _put(section: str, marks: tuple[str, str], text: str, behind: str = "") -> str:
@@ -102,6 +99,16 @@ def _put(section: str, marks: tuple[str, str], text: str, behind: str = "") -> s
     if former or not section:
         return before + (section or former) + after
     return text.replace(behind, f"{behind}\n\n{section}", 1) if behind else f"\n{section}\n\n{text.lstrip()}"
+
+
+def _describe(data: Any, config: SideTuningConfig, tags: set[str]) -> None:
+    """Put in the metadata what the Hub needs; it refuses a card whose base or data are a folder's."""
+    data.library_name = "peft"
+    data.pipeline_tag = data.pipeline_tag or TASKS.get(config.task_type or "", DEFAULT)[0]
+    data.tags = sorted(tag for tag in tags if not tag.startswith(BASE_TAG) or is_hub_name(tag.removeprefix(BASE_TAG)))
+    names = [name for name in (config.base_model_name_or_path, *listed(data.base_model)) if name and is_hub_name(name)]
+    data.base_model = names[0] if names else None
+    data.base_model_relation = "adapter" if data.base_model else None
 
 
 def _describe_training(data: Any, training: TrainingMetadata, former: str) -> None:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from ..atomic import replacing
 from ..side_tuning import SideTuningConfig
-from .card import complete, listed, load_card
+from .card import complete, listed, load_card, settings_of
 from .metadata import TrainingMetadata, cells_of, is_hub_name, read_rows
 
 SHARED = [
@@ -38,7 +38,7 @@ def push(
     *,
     private: bool = False,
     revision: str | None = None,
-    message: str = "",
+    message: str = "Upload side adapter",
     training: TrainingMetadata | None = None,
 ) -> str:
     """Upload an adapter.
@@ -75,8 +75,7 @@ def push(
     if revision is not None:
         api.create_branch(repo, branch=revision, exist_ok=True)
     commit = api.upload_folder(
-        repo_id=repo, folder_path=folder, revision=revision, allow_patterns=SHARED,
-        commit_message=message or "Upload side adapter",
+        repo_id=repo, folder_path=folder, revision=revision, allow_patterns=SHARED, commit_message=message
     )  # fmt: skip
     return str(commit.commit_url)
 
@@ -145,12 +144,10 @@ def describe(adapter: str, revision: str | None = None) -> dict[str, str]:
         keys = list(tensors.keys())
         parameters = sum(prod(tensors.get_slice(key).get_shape()) for key in keys)
         gates = [tensors.get_tensor(key).float().sigmoid().mean().item() for key in keys if ".gate" in key]
-    taps = "tap_every" if config.layers_to_transform is None else "layers_to_transform"
-    settings = ("reduction_factor", "downsample", "mixing", taps, "side_attention", "num_side_heads", "task_type")
+    revision = f" at {config.revision}" if config.revision else ""
     known = {
-        "base model": f"{config.base_model_name_or_path}" + (f" at {config.revision}" if config.revision else ""),
-        "shape of the base": f"{config.base_num_layers} blocks, hidden size {config.base_hidden_size}",
-        "settings": ", ".join(f"{name} {getattr(config, name)}" for name in settings if getattr(config, name)),
+        "base model": f"{config.base_model_name_or_path}{revision}",
+        **{name: str(value) for name, value in settings_of(config).items()},
         "parameters": f"{parameters:,}",
         "size": f"{file.stat().st_size / 2**20:.1f} MiB",
     }
