@@ -1,7 +1,7 @@
 """What an adapter's card says of its training in a trainer: the recipe, how the data were pruned, what was logged.
 
-A recipe may hold names of folders, tokens of accounts, or whatever else a trainer reads. So only settings that decide
-what is learned are shown, each by name, and none of them whose value looks like a path or an address.
+A recipe may hold names of folders, tokens of accounts, or anything else that a trainer reads. So the card shows only
+settings that decide what is learned, by an allow-list, and none whose value looks like a path or an address.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -17,7 +18,7 @@ from huggingface_hub import EvalResult
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from qtuning_peft.hub.metadata import TrainingMetadata, is_hub_name, machine, peak_memory
+from qtuning_peft.hub.metadata import TrainingMetadata, is_hub_name, machine, peak_memory, versions
 from qtuning_peft.side_tuning import SideTuningConfig
 
 from .blocks import EUPruningBlock, QSTTrainingBlock
@@ -35,32 +36,33 @@ SHOWN = (
     "val_set_size", "sequence_len", "sample_packing", "pad_to_sequence_len", "train_on_inputs", "lr_scheduler",
     "optimizer", "num_epochs", "micro_batch_size",
 )  # fmt: skip
-SHOWN_OF_DATA = {"path", "name", "split", "type", "ds_type", "fraction", "shards"}
-SHOWN_OF_BLOCKS = {*QSTTrainingBlock.model_fields, *EUPruningBlock.model_fields} - {"cache_path", "report_path"}
-SHOWN_INSIDE = {
-    "datasets": SHOWN_OF_DATA, "test_datasets": SHOWN_OF_DATA, "qst": SHOWN_OF_BLOCKS, "eu_pruning": SHOWN_OF_BLOCKS,
-}  # fmt: skip
+DATA = ("path", "name", "split", "type", "ds_type", "fraction", "shards")
+SHOWN_INSIDE: dict[str, Iterable[str]] = {
+    "datasets": DATA,
+    "test_datasets": DATA,
+    "qst": QSTTrainingBlock.model_fields,
+    "eu_pruning": EUPruningBlock.model_fields.keys() - {"cache_path", "report_path"},
+}
 PATH = re.compile(r"""(^|[\s"'=:,(\[])(~|/|\.\.?[/\\]|\\\\|[A-Za-z]:[/\\])|://|@""")
 # Builders of `datasets` that read files.
 BUILDERS = {"arrow", "csv", "json", "parquet", "text", "webdataset", "xml"}
 
 
-def shown(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def shown(value: Any, keys: Iterable[str] = SHOWN) -> Any:
     """The settings of a trainer's recipe that a card may show: known ones, without paths, addresses and secrets.
 
     Args:
-        recipe: Keys and values of a YAML file of TRL or Axolotl.
+        value: Keys and values of a YAML file of TRL or Axolotl, or what one of them holds.
+        keys: What may be shown of a mapping.
+
+    Returns:
+        What is left of it; `None` or nothing inside where nothing may be shown.
     """
-    found = {key: _shown(recipe.get(key), SHOWN_INSIDE.get(key, set())) for key in SHOWN}
-    return {key: value for key, value in found.items() if value not in (None, {}, [])}
-
-
-def _shown(value: Any, inside: set[str]) -> Any:
     if isinstance(value, Mapping):
-        found = {key: _shown(value[key], set()) for key in value if key in inside}
-        return {key: value for key, value in found.items() if value not in (None, {}, [])}
+        found = {key: shown(value.get(key), SHOWN_INSIDE.get(key, ())) for key in keys}
+        return {key: left for key, left in found.items() if left not in (None, {}, [])}
     if isinstance(value, list | tuple):
-        return [part for part in (_shown(part, inside) for part in value) if part not in (None, {})]
+        return [left for left in (shown(entry, keys) for entry in value) if left not in (None, {})]
     if isinstance(value, str):
         value = str(getattr(value, "value", value))
         # A single word is a name, also where something in this folder has it.
@@ -69,13 +71,10 @@ def _shown(value: Any, inside: set[str]) -> Any:
     return value if isinstance(value, bool | int | float) else None
 
 
-def datasets_on_the_hub(recipe: Mapping[str, Any], *keys: str) -> tuple[str, ...]:
-    """Names of data sets under those `keys` of a recipe that can be on the Hub; those in files are left out."""
-    names: list[Any] = []
-    for key in keys:
-        content = recipe.get(key)
-        entries = content if isinstance(content, list | tuple) else [content]
-        names += [entry.get("path") if isinstance(entry, Mapping) else entry for entry in entries]
+def datasets_on_the_hub(entries: Any) -> tuple[str, ...]:
+    """Names of data sets that can be on the Hub, of a name or entries with a `path`; those in files are left out."""
+    listed = entries if isinstance(entries, list | tuple) else [entries]
+    names = [entry.get("path") if isinstance(entry, Mapping) else entry for entry in listed]
     return tuple(
         dict.fromkeys(name for name in names if isinstance(name, str) and name not in BUILDERS and is_hub_name(name))
     )
@@ -83,6 +82,9 @@ def datasets_on_the_hub(recipe: Mapping[str, Any], *keys: str) -> tuple[str, ...
 
 class TrainingMetadataCallback(TrainerCallback):
     """Keeps `model.training_metadata`, which the model's card is written from, at what the trainer has logged.
+
+    An evaluation before the first step (`eval_on_start=True`) stands beside the last one: a new side network starts
+    exactly at its base, so this is the base's loss.
 
     Args:
         model: Whose card it is.
@@ -105,52 +107,49 @@ class TrainingMetadataCallback(TrainerCallback):
         self.pruning = pruning or "none in this training"
         self.datasets = datasets
         self.evaluated_on = evaluated_on
-        self.began: tuple[float, int] | None = None
+        self.began: float | None = None
+        self.first_step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note where training starts: a resumed one at the step of its checkpoint."""
-        self.began = time.perf_counter(), state.global_step
+        self.began, self.first_step = time.perf_counter(), state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell what is known by now."""
-        history = state.log_history
-        last = {key: value for entry in history for key, value in entry.items()}
-        seconds = last.get("train_runtime")
-        if self.began is not None and seconds is None:
-            seconds = time.perf_counter() - self.began[0]
-        # What is saved then is that step's.
+        """Keep what is known by now."""
+        last = {key: value for entry in state.log_history for key, value in entry.items()}
+        # What is saved at the end may be an earlier step's.
         best = state.best_global_step if args.load_best_model_at_end and "train_runtime" in last else None
-        evaluations = [entry for entry in history if "eval_loss" in entry and best in (None, entry["step"])]
+        evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
+        first = [entry for entry in evaluations[:1] if entry["step"] == 0]
+        final = [entry for entry in evaluations if entry["step"] and best in (None, entry["step"])][-1:]
         self.model.training_metadata = TrainingMetadata(
             recipe=self.recipe,
-            pruning=_pruned_in_batches(history) or self.pruning,
-            results=tuple(self._result(entry, state.global_step) for entry in evaluations[-1:]),
+            pruning=_pruned_in_batches(state.log_history) or self.pruning,
+            results=tuple(self._result(entry, state.global_step) for entry in first + final),
             datasets=self.datasets,
             steps=state.global_step,
             loss=last.get("loss"),
-            seconds=seconds,
-            resumed_at=self.began[1] if self.began is not None else 0,
+            seconds=last.get("train_runtime", time.perf_counter() - self.began if self.began else None),
+            resumed_at=self.first_step or None,
             peak_memory=peak_memory(),
             machine=machine(),
+            versions=versions(),
         )
 
     def _result(self, entry: Mapping[str, Any], steps: int) -> EvalResult:
-        name, split = self.evaluated_on
+        (name, split), step = self.evaluated_on, entry["step"]
+        metric = "loss before training" if not step else "loss" if step == steps else f"loss after {step} steps"
         return EvalResult(
             task_type="text-generation", dataset_type=name or "unpublished", dataset_name=name or "unpublished rows",
-            dataset_split=split, metric_type="loss", metric_value=round(entry["eval_loss"], 4),
-            metric_name="loss" if entry["step"] == steps else f"loss after {entry['step']} steps",
+            dataset_split=split, metric_type="loss", metric_name=metric, metric_value=round(entry["eval_loss"], 4),
         )  # fmt: skip
 
 
 def _pruned_in_batches(history: list[dict[str, Any]]) -> str | None:
-    entries = [entry for entry in history if "kept_samples" in entry]
-    if not entries:
-        return None
-    samples, tokens = (sum(e[key] for e in entries) / len(entries) for key in ("kept_samples", "kept_tokens"))
-    return (
-        f"every batch while training, which kept {samples:.0%} of its samples and {tokens:.0%} of its supervised tokens"
-    )
+    kept = [(entry["kept_samples"], entry["kept_tokens"]) for entry in history if "kept_samples" in entry]
+    samples, tokens = (fmean(share) for share in zip(*kept, strict=True)) if kept else (0, 0)
+    said = f"which kept {samples:.0%} of its samples and {tokens:.0%} of its supervised tokens"
+    return f"every batch while training, {said}" if kept else None
 
 
 def is_side_tuned(model: Any) -> bool:

@@ -91,15 +91,15 @@ class EUPruningSFTTrainer(SFTTrainer):
             self.add_callback(EUPruningCallback(eu_pruning.pruner(tokenizer), eu_pruning.tokens_per_batch))
         if is_side_tuned(self.model):
             self.add_callback(PrefixCachingCallback())
-            self.add_callback(self._facts(eu_pruning, recipe, logged))
+            self.add_callback(self._training_metadata(eu_pruning, recipe, logged))
 
-    def _facts(
+    def _training_metadata(
         self, eu_pruning: EUPruningBlock | None, recipe: Mapping[str, Any] | None, logged: list[str]
     ) -> TrainingMetadataCallback:
         if recipe is None:
             block = {} if eu_pruning is None else {"eu_pruning": eu_pruning.model_dump(exclude_unset=True)}
             recipe = vars(self.args) | block
-        datasets = datasets_on_the_hub(recipe, "datasets" if recipe.get("datasets") else "dataset_name")
+        datasets = datasets_on_the_hub(recipe.get("datasets") or recipe.get("dataset_name"))
         split = recipe.get("dataset_test_split") if len(datasets) == 1 else None
         return TrainingMetadataCallback(
             self.model, recipe, logged[0].removeprefix("eu_pruning ") if logged else None, datasets,
@@ -110,12 +110,12 @@ class EUPruningSFTTrainer(SFTTrainer):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Write TRL's card, and complete it for a side network."""
-        on_the_hub = datasets_on_the_hub({"dataset_name": dataset_name}, "dataset_name")
+        on_the_hub = datasets_on_the_hub(dataset_name)
         super().create_model_card(model_name, on_the_hub[0] if on_the_hub else None, tags)
         if is_side_tuned(self.model) and self.is_world_process_zero():
             complete(
                 Path(self.args.output_dir) / "README.md", self.model.active_peft_config,
-                adapter=self.hub_model_id or "ADAPTER", facts=getattr(self.model, "training_metadata", None),
+                adapter=self.hub_model_id or "ADAPTER", training=getattr(self.model, "training_metadata", None),
             )  # fmt: skip
 
     def _prepare_dataset(

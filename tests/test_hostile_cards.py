@@ -1,4 +1,4 @@
-"""What a stranger's card, repository or config can do to `qtuning info`, `pull` and `push`: nothing."""
+"""What an untrusted card, repository or config can do to `qtuning info`, `pull` and `push`: nothing."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from typer.testing import CliRunner, Result
 from qtuning_peft import SideTuningConfig
 from qtuning_peft.cli import app
 from qtuning_peft.hub import metadata, sharing
-from qtuning_peft.hub.card import BEGIN, complete
+from qtuning_peft.hub.card import USE, complete
 from qtuning_peft.hub.metadata import TrainingMetadata
 
-FACTS, FACTS_END = metadata.BEGIN, metadata.END
+BEGIN, END = metadata.MARKS
 
 
 @pytest.fixture
@@ -40,15 +40,22 @@ RESULT = {"task": {"type": "t"}, "dataset": {"name": None, "type": "d"}, "metric
 CARDS = {
     "no YAML": "---\nlicense: [mit\n---\n",
     "an object of Python's": "---\nx: !!python/object/apply:os.system [true]\n---\n",
+    "a bomb of merge keys": "---\n"
+    + "a0: &a0 {x: 1}\n"
+    + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 9))
+    + "---\n",
+    "a bomb as a result": f"---\n{BOMB}model-index: [{{name: x, results: [{{task: {{type: t}}, dataset: {{name: d, "
+    "type: d}, metrics: [{type: loss, value: *i}]}]}]\n---\n",
+    "much metadata": "---\n" + "".join(f"k{i}: [v, v]\n" for i in range(200_000)) + "---\n",
     "a bomb as data": f"---\n{BOMB}datasets: *i\n---\n",
     "numbers": "---\ndatasets: 7\nlanguage: {a: 1}\nlicense: true\ntags: 9\nbase_model: 5\n---\n",
     "lists in lists": "---\ndatasets: [1, {a: b}, null, [x]]\ntags: [1, null, {a: 1}]\nbase_model: [[1]]\n---\n",
     "Norwegian": "---\nlanguage: [no, en]\nlicense: 2020-01-01\n---\n",
     "itself": "---\ndatasets: &x [*x]\n---\n",
     "a result without a name": f"---\nmodel-index: {json.dumps([{'name': ['x'], 'results': [RESULT]}])}\n---\n",
-    "beginnings without an end": "---\nlicense: mit\n---\n" + BEGIN * 30_000,
-    "a table for patterns": f"---\na: b\n---\n{FACTS}\n" + ("| a " + " | x" * 5000 + "\n") * 60 + FACTS_END,
-    "a long table": f"---\nlicense: mit\n---\n{FACTS}\n" + "| a | b |\n" * 50_000 + FACTS_END,
+    "beginnings without an end": "---\nlicense: mit\n---\n" + USE[0] * 30_000,
+    "a table for patterns": f"---\na: b\n---\n{BEGIN}\n" + ("| a " + " | x" * 5000 + "\n") * 60 + END,
+    "a long table": f"---\nlicense: mit\n---\n{BEGIN}\n" + "| a | b |\n" * 50_000 + END,
     "too large": "x" * 2**23,
 }  # fmt: skip
 
@@ -69,10 +76,39 @@ def test_any_card_is_shown_or_said_to_be_bad_in_a_moment(name: str, folder: Path
 
 
 def test_a_card_has_no_say_in_what_is_known_and_ends_where_it_ends(folder: Path) -> None:
-    (folder / "README.md").write_text(f"---\nlicense: mit\n---\n{FACTS}\n| base model | famous/model |\n{FACTS_END}")
+    (folder / "README.md").write_text(f"---\nlicense: mit\n---\n{BEGIN}\n| base model | famous/model |\n{END}")
     assert "famous" not in run("info", folder).output
-    (folder / "README.md").write_text(f"---\nlicense: mit\n---\n{FACTS}\n| steps | 7 |\n\nmy own words")
+    (folder / "README.md").write_text(f"---\nlicense: mit\n---\n{BEGIN}\n| steps | 7 |\n\nmy own words")
     assert "steps" not in run("info", folder).output
+
+
+def test_a_card_that_cannot_be_read_stays_and_the_adapter_is_saved(folder: Path) -> None:
+    card = "---\nlicense: &a mit\nlicense_name: *a\n---\nmine"
+    (folder / "README.md").write_text(card)
+    (folder / "adapter_model.safetensors").unlink()
+    model = get_peft_model(tiny(), SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"))
+    with pytest.warns(UserWarning, match=r"\*a is an alias; write out what it stands for.* The card stays as it is"):
+        model.save_pretrained(folder)
+    assert (folder / "README.md").read_text() == card
+    assert (folder / "adapter_model.safetensors").is_file()
+
+
+def test_what_a_card_links_to_is_neither_changed_nor_pushed(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "notes.txt"
+    other.write_text("private")
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to(other)
+    model = get_peft_model(tiny(), SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"))
+    with pytest.warns(UserWarning, match=r"README.md is a link"):
+        model.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"README.md is a link"):
+        sharing.push(folder, "user/name")
+    assert other.read_text() == "private"
+
+
+def test_a_card_cannot_fake_a_line_of_another_name(folder: Path) -> None:
+    (folder / "README.md").write_text('---\nlicense: "mit\\nbase model  famous/model"\n---\n')
+    assert not any(line.startswith("base model  famous") for line in run("info", folder).output.splitlines())
 
 
 def test_a_single_tag_is_not_taken_for_its_letters(folder: Path) -> None:
@@ -135,13 +171,13 @@ def test_nothing_is_shared_but_what_is_named(folder: Path, tmp_path: Path, monke
     from huggingface_hub.utils import filter_repo_objects
 
     private = ["eu_report.html", "tokenizer.pkl", "tokenizer.bin", "tokenizer_old/optimizer.pt", "tokenizer.json.bak"]
-    assert list(filter_repo_objects(private, allow_patterns=list(sharing.SHARED))) == []
+    assert list(filter_repo_objects(private, allow_patterns=sharing.SHARED)) == []
 
 
 def test_a_folder_is_no_name_of_training_data(folder: Path) -> None:
     before = (folder / "README.md").read_text()
     with pytest.raises(ValueError, match="/home/me/rows is no data set's name on the Hub"):
-        sharing.push(folder, "user/name", facts=TrainingMetadata(datasets=("/home/me/rows",)))
+        sharing.push(folder, "user/name", training=TrainingMetadata(datasets=("/home/me/rows",)))
     assert (folder / "README.md").read_text() == before
 
 

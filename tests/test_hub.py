@@ -359,13 +359,13 @@ def test_the_command_shows_how_it_was_trained(completed: str) -> None:
 
 
 @pytest.mark.parametrize("repo", [ADAPTER, SFT, "qst/completed"])
-def test_a_stranger_generates_with_nothing_but_the_card(
+def test_a_reader_generates_with_nothing_but_the_card(
     repo: str, hub: LoopbackHub, folder: Path, completed: str
 ) -> None:
     card = _head(hub, repo).files["README.md"].content.decode()
     snippet = card.split("```python\n")[1].split("```")[0]
     generate = "import torch\nprint(model.generate(input_ids=torch.tensor([[6, 7, 8]]), max_new_tokens=4).shape[1] > 3)"
-    with _start(hub, folder / "stranger", "-c", snippet + generate) as process:
+    with _start(hub, folder / "reader-of-card", "-c", snippet + generate) as process:
         output, _ = process.communicate()
     assert process.returncode == 0, output
     assert output.splitlines()[-1] == "True"

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from conftest import tiny
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -38,6 +39,14 @@ def test_it_says_what_the_hub_reads(model: PeftModel, tmp_path: Path) -> None:
     assert (data.base_model, data.base_model_relation) == ("org/base", "adapter")
     assert data.pipeline_tag == "text-generation"
     assert {"qst", "side-tuning", "qtuning-peft"} <= set(data.tags)
+
+
+def test_a_new_card_names_the_paper_and_has_no_form_to_fill_in(model: PeftModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "adapter")
+    complete(tmp_path / "README.md", model.active_peft_config)
+    for readme in (tmp_path / "adapter" / "README.md", tmp_path / "README.md"):
+        assert "https://arxiv.org/abs/2401.07159" in readme.read_text()
+        assert "More Information Needed" not in readme.read_text()
 
 
 def test_its_snippet_runs_and_imports_first(model: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +89,7 @@ def loss(value: float, data: str = "org/data") -> EvalResult:
     )  # fmt: skip
 
 
-FACTS = TrainingMetadata(
+METADATA = TrainingMetadata(
     recipe="qst:\n  reduction_factor: 4\n", pruning="kept 32 of 64 samples | one way",
     results=(loss(1.25),), datasets=("org/data",),
     language=("en",), license="mit", steps=8, loss=1.5, seconds=90.4, peak_memory=(2**30, "allocated on the GPU"),
@@ -90,7 +99,7 @@ FACTS = TrainingMetadata(
 
 def test_how_it_was_trained_is_told_once_and_stays(model: PeftModel, tmp_path: Path) -> None:
     readme = tmp_path / "adapter" / "README.md"
-    model.training_metadata = FACTS
+    model.training_metadata = METADATA
     model.save_pretrained(tmp_path / "adapter")
     first = readme.read_text()
     for known in (
@@ -113,17 +122,17 @@ def test_how_it_was_trained_is_told_once_and_stays(model: PeftModel, tmp_path: P
     assert (shown["training data"], shown["loss on org/data, test"], shown["licence"]) == ("org/data", "1.25", "mit")
 
 
-def test_new_facts_replace_old_ones_and_nothing_of_the_author(model: PeftModel, tmp_path: Path) -> None:
+def test_new_training_metadata_replace_old_ones_and_nothing_of_the_author(model: PeftModel, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     config = model.active_peft_config
-    complete(readme, config, facts=FACTS)
+    complete(readme, config, training=METADATA)
     card = ModelCard.load(readme)
     card.text = "# My poems\n" + card.text + "\n## Thanks\n"
     card.data.datasets += ["org/mine"]
     card.data.eval_results += [loss(0.5, "org/mine")]
     card.save(readme)
 
-    complete(readme, config, facts=TrainingMetadata(pruning="none", results=(loss(1.0),), steps=9))
+    complete(readme, config, training=TrainingMetadata(pruning="none", results=(loss(1.0),), steps=9))
     card = ModelCard.load(readme)
     assert card.text.count("## How it was trained") == 1
     assert "| steps | 9 |" in card.text
@@ -135,10 +144,10 @@ def test_new_facts_replace_old_ones_and_nothing_of_the_author(model: PeftModel, 
     assert (card.data.language, card.data.license) == (["en"], "mit")
 
     # Another evaluation takes the place of the old one, whose row goes; metadata alone change no text.
-    complete(readme, config, facts=TrainingMetadata(results=(loss(2.0, "org/other"),)))
+    complete(readme, config, training=TrainingMetadata(results=(loss(2.0, "org/other"),)))
     text = ModelCard.load(readme).text
     assert ModelCard.load(readme).data.eval_results == [loss(0.5, "org/mine"), loss(2.0, "org/other")]
-    complete(readme, config, facts=TrainingMetadata(datasets=("org/more",), language=("de",), license="apache-2.0"))
+    complete(readme, config, training=TrainingMetadata(datasets=("org/more",), language=("de",), license="apache-2.0"))
     card = ModelCard.load(readme)
     assert card.text == text
     assert card.data.datasets == ["org/mine", "org/more"]
@@ -148,7 +157,7 @@ def test_new_facts_replace_old_ones_and_nothing_of_the_author(model: PeftModel, 
 def test_the_limits_are_always_said(model: PeftModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "adapter")
     limits = (tmp_path / "adapter" / "README.md").read_text().split("## Limits")[1].split("##")[0]
-    for limit in ("of no use beside another model", "cannot be merged", "slower", "`qtuning_peft` is installed"):
+    for limit in ("works only beside", "cannot be merged", "slower", "`qtuning_peft` is installed"):
         assert limit in limits
 
 
@@ -181,7 +190,7 @@ def test_a_recipe_in_a_card_names_no_path_and_no_secret(tmp_path: Path) -> None:
         "eu_pruning": {"sample_ratio": 0.5},
     }  # fmt: skip
     files = [{"path": "json"}, {"path": str(tmp_path / "rows")}, "org/data", None]
-    assert datasets_on_the_hub({"datasets": files}, "datasets") == ("org/data",)
+    assert datasets_on_the_hub(files) == ("org/data",)
 
 
 def test_a_score_is_that_of_the_weights_it_stands_beside(model: PeftModel) -> None:
@@ -197,8 +206,32 @@ def test_a_score_is_that_of_the_weights_it_stands_beside(model: PeftModel) -> No
         (result,) = model.training_metadata.results
         names.append((result.metric_name, result.metric_value))
     assert names == [("loss after 6 steps", 2.5), ("loss after 4 steps", 2.0)]
-    facts = model.training_metadata
-    assert (facts.pruning, facts.steps, facts.loss, facts.seconds) == ("none in this training", 8, 0.5, 7.0)
+    known = model.training_metadata
+    assert f"torch {torch.__version__}" in known.versions
+    assert (known.pruning, known.steps, known.loss, known.seconds) == ("none in this training", 8, 0.5, 7.0)
+
+
+def test_the_loss_before_training_stands_beside_the_loss_after_it(model: PeftModel) -> None:
+    callback = TrainingMetadataCallback(model, {}, None)
+    state = SimpleNamespace(log_history=[{"eval_loss": 3.0, "step": 0}], global_step=0, best_global_step=None)
+    arguments = SimpleNamespace(load_best_model_at_end=False)
+    callback.on_log(arguments, state, None)
+    assert [result.metric_name for result in model.training_metadata.results] == ["loss before training"]
+    state.global_step, state.log_history = 8, [*state.log_history, {"eval_loss": 2.0, "step": 8}]
+    callback.on_log(arguments, state, None)
+    results = [(result.metric_name, result.metric_value) for result in model.training_metadata.results]
+    assert results == [("loss before training", 3.0), ("loss", 2.0)]
+    assert model.training_metadata.seconds is None
+
+
+def test_the_time_of_a_resumed_training_says_from_where_it_counts(model: PeftModel) -> None:
+    callback = TrainingMetadataCallback(model, {}, None)
+    state = SimpleNamespace(log_history=[], global_step=8, best_global_step=None)
+    callback.on_train_begin(None, state, None)
+    state.global_step = 10
+    callback.on_log(SimpleNamespace(load_best_model_at_end=False), state, None)
+    rows = model.training_metadata.rows()
+    assert (rows["steps"], rows["time counts"]) == ("10", "from step 8 on")
 
 
 def test_cards_of_other_methods_are_left_alone(tmp_path: Path) -> None:

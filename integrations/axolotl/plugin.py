@@ -99,10 +99,10 @@ class QTuningPlugin(BasePlugin):
             return
         from ..metadata import TrainingMetadataCallback, datasets_on_the_hub
 
-        held_out = datasets_on_the_hub(cfg, "test_datasets")
+        held_out = datasets_on_the_hub(cfg.test_datasets)
         trainer.add_callback(
             TrainingMetadataCallback(
-                trainer.model, cfg, logged, datasets_on_the_hub(cfg, "datasets"),
+                trainer.model, cfg, logged, datasets_on_the_hub(cfg.datasets),
                 (held_out[0] if len(held_out) == 1 else None, None),
             )
         )  # fmt: skip

@@ -12,11 +12,14 @@ from rich.text import Text
 
 from .data import console, one_sentence, printable
 
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapter; new, or empty.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+
 
 def convert(
     folder: Annotated[Path, typer.Argument(help="Folder with the .pt files that the authors' code saved.")],
     base: Annotated[str, typer.Argument(help="Model it was trained on, Llama or OPT: a folder, or a name on the Hub.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapter; new, or empty.")],
+    output: Output,
 ) -> None:
     """Turn a checkpoint of the QST authors' code into an adapter with the same logits.
 
@@ -26,12 +29,8 @@ def convert(
         from ..side_tuning.peft.convert import convert_checkpoint
 
         config = convert_checkpoint(folder, base, output)
-        console.print(
-            f"reduction_factor {config.reduction_factor}, {config.base_num_layers} side blocks with "
-            f"{config.num_side_heads} heads: "
-            f"{printable(output)}",
-            highlight=False,
-        )
+        network = f"{config.base_num_layers} side blocks with {config.num_side_heads} heads"
+        console.print(f"reduction_factor {config.reduction_factor}, {network}: {printable(output)}", highlight=False)
 
 
 def push(
@@ -39,27 +38,23 @@ def push(
     repo: Annotated[str, typer.Argument(help="user/name on the Hub; made if it does not exist.")],
     private: Annotated[bool, typer.Option(help="Make a new repository a private one.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to; by default main.")] = None,
-    message: Annotated[str, typer.Option("--message", "-m", help="Commit message.")] = "",
+    message: Annotated[str, typer.Option("--message", "-m", help="Commit message.")] = "Upload side adapter",
     dataset: Annotated[list[str] | None, typer.Option(help="Training data's name on the Hub; may be repeated.")] = None,
     language: Annotated[list[str] | None, typer.Option(help="Their language's code, as en; may be repeated.")] = None,
-    license: Annotated[
-        str | None, typer.Option(help="The adapter's licence as the Hub names it, as apache-2.0.")
-    ] = None,
+    license: Annotated[str | None, typer.Option(help="The adapter's licence on the Hub, as apache-2.0.")] = None,
 ) -> None:
     """Upload an adapter to the Hub: its configuration, weights, card and tokenizer, and nothing else."""
     with one_sentence():
         from ..hub.metadata import TrainingMetadata
         from ..hub.sharing import push as upload
 
-        facts = TrainingMetadata(datasets=tuple(dataset or ()), language=tuple(language or ()), license=license)
-        address = upload(folder, repo, private=private, revision=revision, message=message, facts=facts)
+        known = TrainingMetadata(datasets=tuple(dataset or ()), language=tuple(language or ()), license=license)
+        address = upload(folder, repo, private=private, revision=revision, message=message, training=known)
         console.print(printable(address), highlight=False)
 
 
 def pull(
-    repo: Annotated[str, typer.Argument(help="user/name on the Hub.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapter; new, or empty.")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    repo: Annotated[str, typer.Argument(help="user/name on the Hub.")], output: Output, revision: Revision = None
 ) -> None:
     """Download an adapter from the Hub. Loading by its name needs no pull; this is for a copy of your own."""
     with one_sentence():
@@ -71,13 +66,13 @@ def pull(
 
 def info(
     adapter: Annotated[str, typer.Argument(help="Folder of an adapter, or user/name on the Hub.")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, on the Hub.")] = None,
+    revision: Revision = None,
 ) -> None:
     """Show what an adapter is: its base, settings, size and gates, and what its card says of data and results."""
     with one_sentence():
         from ..hub.sharing import describe
 
         table = Table(box=None, show_header=False, pad_edge=False)
-        for name, value in describe(adapter, revision):
-            table.add_row(*(Text("".join(c if c.isprintable() else " " for c in text)) for text in (name, value)))
+        for known in describe(adapter, revision).items():
+            table.add_row(*map(Text, known))
         Console().print(table, highlight=False)

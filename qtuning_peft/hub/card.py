@@ -1,69 +1,47 @@
-"""The model card of an adapter: metadata that the Hub reads, how to use it, and how it was trained.
+"""The model card of an adapter: metadata for the Hub, how to use the adapter, and how it was trained.
 
-PEFT writes a card whenever an adapter is saved. Ours adds two sections to it, each between marks of its own; whatever
-else stands in the card is its author's and stays. How the adapter was trained is known to whoever trains it, who says
-so in `model.training_metadata`; in a card it stays when that is written again by someone who does not know.
-
-Pushing needs a word more: transformers makes a card of its own before PEFT saves, and puts it in the place of PEFT's
-afterwards.
+PEFT writes a card whenever an adapter is saved. `card.md.jinja` has the two sections that are added to it, each between
+marks of its own; everything else in the card is its author's and stays. The section on training is written from
+`model.training_metadata`, and stays as it is when somebody saves the adapter again without it.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import re
+import warnings
 from collections.abc import Iterable
+from dataclasses import fields
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
-from peft import PeftModel
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from peft import PeftConfig, PeftModel
 
 from ..atomic import replacing
 from ..side_tuning import SideTuningConfig
-from . import metadata
-from .metadata import TrainingMetadata, is_hub_name
+from .metadata import MARKS, TrainingMetadata, cells_of, is_hub_name, row, split
 
-BEGIN, END = "<!-- qtuning-peft -->", "<!-- end of qtuning-peft -->"
+USE = ("<!-- qtuning-peft -->", "<!-- end of qtuning-peft -->")
 TAGS = ("qst", "side-tuning", "qtuning-peft")
-LARGEST_CARD = 2**22
-# Followed by the base's name, in a tag of PEFT's.
-BASE_TAG = "base_model:adapter:"
-PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
-CLASSES = {"CAUSAL_LM": "AutoPeftModelForCausalLM", "SEQ_CLS": "AutoPeftModelForSequenceClassification"}
-# What an adapter says about its base and its files rather than about itself.
-NOT_SETTINGS = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "peft_type", "auto_mapping"}
-
-SECTION = """{begin}
-## How to use it
-
-This is a side network for `{base}`: Quantized Side Tuning (QST, ACL 2024), a method that
-[PEFT](https://huggingface.co/docs/peft) knows once `qtuning_peft` is imported.
-
-```python
-import qtuning_peft  # registers QST with PEFT; before anything else
-from peft import {cls}
-
-model = {cls}.from_pretrained("{adapter}")
-```
-
-The base is loaded as it was saved; pass `quantization_config` to have it in 4 bits.
-
-## Limits
-
-- It was trained beside `{base}`, and is of no use beside another model.
-- It cannot be merged: it runs beside the base, so generation is slower than with the base alone.
-- It loads only where `qtuning_peft` is installed and imported.
-
-## Configuration
-
-```yaml
-{settings}```
-{end}"""
-# A snippet in TRL's cards, which fails without our import.
-PIPELINE = "```python\nfrom transformers import pipeline\n"
-PIPELINE_WITH_IMPORT = PIPELINE.replace("from", "import qtuning_peft  # registers QST with PEFT\nfrom")
+BASE_TAG = "base_model:adapter:"  # of PEFT, followed by the base's name
+LARGEST_CARD, LARGEST_METADATA = 2**22, 2**17
+# Pipeline on the Hub, and the class that loads it.
+DEFAULT = (None, "AutoPeftModel")
+TASKS = {
+    "CAUSAL_LM": ("text-generation", "AutoPeftModelForCausalLM"),
+    "SEQ_CLS": ("text-classification", "AutoPeftModelForSequenceClassification"),
+    "TOKEN_CLS": ("token-classification", "AutoPeftModelForTokenClassification"),
+}
+SETTINGS = sorted({f.name for f in fields(SideTuningConfig)} - {f.name for f in fields(PeftConfig)})
+TEMPLATE = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined, autoescape=False).from_string(
+    files(__package__).joinpath("card.md.jinja").read_text(encoding="utf-8")
+)
 
 
 def complete(
@@ -71,7 +49,7 @@ def complete(
     config: SideTuningConfig,
     tags: Iterable[str] = (),
     adapter: str = "ADAPTER",
-    facts: TrainingMetadata | None = None,
+    training: TrainingMetadata | None = None,
 ) -> None:
     """Add to a model card what a reader of this adapter needs; running it again changes nothing.
 
@@ -80,53 +58,100 @@ def complete(
         config: The adapter's configuration.
         tags: Tags to add beside ours.
         adapter: What the adapter is loaded by.
-        facts: How it was trained, in the place of what the card says of it; without them that stays, also where they
-            are nothing but metadata.
+        training: How it was trained, instead of what the card says of it; that stays where this has nothing to show.
+
+    Raises:
+        ValueError: when the card cannot be read.
     """
-    card = load_card(readme) if readme.is_file() else ModelCard.from_template(ModelCardData())
-    task = str(getattr(config.task_type, "value", config.task_type) or "")
+    card, training = load_card(readme), training or TrainingMetadata()
     base = config.base_model_name_or_path
-    _describe(card.data, base, task, {*_listed(card.data.tags), *tags, *TAGS})
-    settings = {
-        name: getattr(value, "value", value)
-        for name, value in sorted(config.to_dict().items())
-        if name not in NOT_SETTINGS
-    }
-    section = SECTION.format(
-        begin=BEGIN, end=END, adapter=adapter, cls=CLASSES.get(task, "AutoPeftModel"),
-        # A folder of the author's machine is nobody else's business, and its last name says as much.
+    rendered = TEMPLATE.render(
+        use=USE, marks=MARKS, adapter=adapter, training=training, row=row, cells_of=cells_of,
+        cls=TASKS.get(config.task_type or "", DEFAULT)[1],
+        # Of a folder on the author's machine only the last name.
         base=(base if is_hub_name(base) else Path(base).name) if base else "its base",
-        settings=yaml.safe_dump({k: v for k, v in settings.items() if v is not None}),
+        settings=yaml.safe_dump(settings_of(config)),
+        fence=max([*re.findall("`+", training.recipe or ""), "``"], key=len) + "`",
     )  # fmt: skip
-    before, former, after = _parts(card.text, BEGIN, END)
-    # First of all in a new card; later wherever its author has moved it.
-    text = before + section + after if former else f"\n{section}\n\n{before.lstrip()}"
-    if facts is not None:
-        before, former, after = _parts(text, metadata.BEGIN, metadata.END)
-        told = facts.section()
-        _describe_training(card.data, facts, former if told else "")
-        if told and former:
-            text = before + told + after
-        elif told:
-            text = text.replace(END, f"{END}\n\n{told}", 1)
+    use, section = split(rendered, USE)[1], split(rendered, MARKS)[1]
+    _describe(card.data, config, {*listed(card.data.tags), *tags, *TAGS})
+    _describe_training(card.data, training, split(card.text, MARKS)[1] if section else "")
     if card.data.eval_results:
         # Axolotl names a model by the folder it writes to.
         name = card.data.model_name
         card.data.model_name = (adapter if name in (None, "ADAPTER") else str(name)).split("/")[-1]
-    card.text = text.replace(PIPELINE, PIPELINE_WITH_IMPORT)
+    text = _put(section, MARKS, _put(use, USE, card.text), behind=USE[1])
+    # TRL's snippet fails without our import.
+    snippet = "```python\n{}from transformers import pipeline\n"
+    card.text = text.replace(snippet.format(""), snippet.format("import qtuning_peft  # registers QST with PEFT\n"))
     with replacing(readme) as unfinished:
         unfinished.write_text(str(card), encoding="utf-8")
 
 
+def settings_of(config: SideTuningConfig) -> dict[str, Any]:
+    """What a configuration sets beside what every PEFT configuration has."""
+    return {name: value for name in SETTINGS if (value := getattr(config, name)) is not None}
+
+
+def _put(section: str, marks: tuple[str, str], text: str, behind: str = "") -> str:
+    """Put a section in the place of the former one, or if there is none, first or `behind` another."""
+    before, former, after = split(text, marks)
+    if former or not section:
+        return before + (section or former) + after
+    return text.replace(behind, f"{behind}\n\n{section}", 1) if behind else f"\n{section}\n\n{text.lstrip()}"
+
+
+def _describe(data: Any, config: SideTuningConfig, tags: set[str]) -> None:
+    """Put in the metadata what the Hub needs; it refuses a card whose base or data are a folder's."""
+    data.library_name = "peft"
+    data.pipeline_tag = data.pipeline_tag or TASKS.get(config.task_type or "", DEFAULT)[0]
+    data.tags = sorted(tag for tag in tags if not tag.startswith(BASE_TAG) or is_hub_name(tag.removeprefix(BASE_TAG)))
+    names = [name for name in (config.base_model_name_or_path, *listed(data.base_model)) if name and is_hub_name(name)]
+    data.base_model = names[0] if names else None
+    data.base_model_relation = "adapter" if data.base_model else None
+
+
+def _describe_training(data: Any, training: TrainingMetadata, former: str) -> None:
+    """Put the metadata of `training` in the place of those that the section `former` was written from."""
+    datasets = [name for name in listed(data.datasets) if is_hub_name(name) and f"`{name}`" not in former]
+    data.datasets = list(dict.fromkeys([*datasets, *training.datasets])) or None
+    if training.language:
+        data.language = list(dict.fromkeys([*listed(data.language), *training.language]))
+    data.license = training.license or data.license
+    results = [
+        result
+        for result in data.eval_results or []
+        if row(cells_of(result)) not in former and not any(map(result.is_equal_except_value, training.results))
+    ]
+    data.eval_results = [*results, *training.results] or None
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses aliases, by which 500 bytes become gigabytes: merge keys and huggingface_hub copy what they stand for."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"*{self.peek_event().anchor} is an alias; write out what it stands for")
+        return super().compose_node(parent, index)
+
+
 def load_card(readme: Path) -> Any:
-    """Read a card.
+    """Read a card, or make a new one if there is none.
 
     Raises:
-        ValueError: when it is larger than any card, or its metadata cannot be read.
+        ValueError: when it is a link, larger than any card, or its metadata cannot be read.
     """
+    if readme.is_symlink():
+        raise ValueError(f"{readme} is a link, and what it points to is not read or changed; put a file in its place.")
+    if not readme.exists():
+        return ModelCard("---\nlibrary_name: peft\n---\n")
     if readme.stat().st_size > LARGEST_CARD:
-        raise ValueError(f"{readme} is larger than {LARGEST_CARD} bytes, and no card that is read here.")
+        raise ValueError(f"{readme} is larger than {LARGEST_CARD} bytes, and is not read as a card.")
     try:
+        block = REGEX_YAML_BLOCK.search(readme.read_text(encoding="utf-8-sig"))
+        if block and len(block[2]) > LARGEST_METADATA:
+            raise ValueError(f"more than {LARGEST_METADATA} characters")
+        yaml.load(block[2] if block else "", _Loader)
         return ModelCard.load(readme)
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -135,45 +160,8 @@ def load_card(readme: Path) -> Any:
         ) from error
 
 
-def _parts(text: str, begin: str, end: str) -> tuple[str, str, str]:
-    """What stands before a section, the section, and what stands after it."""
-    # Not a regular expression, which would look for the end once for every beginning.
-    start = text.find(begin)
-    stop = text.find(end, start) + len(end)
-    return (text[:start], text[start:stop], text[stop:]) if start >= 0 and stop >= len(end) else (text, "", "")
-
-
-def _describe(data: Any, base: str | None, task: str, tags: set[str]) -> None:
-    data.library_name = "peft"
-    # The Hub refuses a card whose base or data are a folder's.
-    data.tags = sorted(tag for tag in tags if not tag.startswith(BASE_TAG) or is_hub_name(tag.removeprefix(BASE_TAG)))
-    if base and is_hub_name(base):
-        data.base_model = base
-    elif not all(is_hub_name(name) for name in _listed(data.base_model)):
-        data.base_model = None
-    data.base_model_relation = "adapter" if data.base_model else None
-    data.datasets = [name for name in _listed(data.datasets) if is_hub_name(name)] or None
-    if not data.pipeline_tag and task in PIPELINES:
-        data.pipeline_tag = PIPELINES[task]
-
-
-def _describe_training(data: Any, facts: TrainingMetadata, former: str) -> None:
-    """Put the metadata among `facts` in the place of those that the section `former` was written with."""
-    datasets = [name for name in _listed(data.datasets) if f"`{name}`" not in former]
-    data.datasets = list(dict.fromkeys([*datasets, *facts.datasets])) or None
-    data.language = list(dict.fromkeys([*_listed(data.language), *facts.language])) or None
-    data.license = facts.license or data.license
-    results = [
-        result
-        for result in data.eval_results or []
-        if metadata.row(metadata.cells_of(result)) not in former
-        and not any(result.is_equal_except_value(new) for new in facts.results)
-    ]
-    data.eval_results = [*results, *facts.results] or None
-
-
-def _listed(value: object) -> list[str]:
-    # A card may hold anything.
+def listed(value: object) -> list[str]:
+    """The strings of a field of a card's metadata, which may hold anything."""
     return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
 
 
@@ -181,23 +169,27 @@ def complete_cards() -> None:
     """Have PEFT complete the cards of side adapters, when it saves them and when it pushes them."""
     create, upload = PeftModel.create_or_update_model_card, PeftModel._upload_modified_files
 
-    def write(model: PeftModel, folder: str | os.PathLike[str], **adapter: str) -> None:
-        config = model.active_peft_config
-        readme = Path(folder) / "README.md"
-        # PEFT replaces them by its own.
-        tags = _listed(load_card(readme).data.tags) if readme.is_file() else ()
-        create(model, os.fspath(folder))
-        if isinstance(config, SideTuningConfig):
-            complete(readme, config, tags, facts=getattr(model, "training_metadata", None), **adapter)
-
     @functools.wraps(create)
-    def create_or_update_model_card(self: PeftModel, output_dir: str | os.PathLike[str]) -> None:
-        write(self, output_dir)
+    def create_or_update_model_card(self: PeftModel, output_dir: str | os.PathLike[str], **adapter: str) -> None:
+        config, readme = self.active_peft_config, Path(output_dir, "README.md")
+        if not isinstance(config, SideTuningConfig):
+            return create(self, os.fspath(output_dir))
+        try:
+            # PEFT replaces tags by its own, and fills a new card with a form.
+            card = load_card(readme)
+            card.save(readme)
+            create(self, os.fspath(output_dir))
+            training = getattr(self, "training_metadata", None)
+            complete(readme, config, listed(card.data.tags), training=training, **adapter)
+        except ValueError as error:
+            # The weights are still to be saved.
+            warnings.warn(f"{error} The card stays as it is.", stacklevel=2)
 
     @functools.wraps(upload)
     def _upload_modified_files(self: PeftModel, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        # transformers has put a card of its own in the place of PEFT's.
         if isinstance(self.active_peft_config, SideTuningConfig):
-            write(self, working_dir, adapter=repo_id)
+            create_or_update_model_card(self, working_dir, adapter=repo_id)
         return upload(self, working_dir, repo_id, *args, **kwargs)
 
     for replacement in (create_or_update_model_card, _upload_modified_files):

@@ -1,107 +1,67 @@
-"""How an adapter was trained, for its model card: what was done, what was measured, and on what."""
+"""How an adapter was trained, for its model card: what was done, what was measured, and on what machine."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import EvalResult
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # imported there, not exported
 
-BEGIN, END = "<!-- training facts of qtuning-peft -->", "<!-- end of training facts of qtuning-peft -->"
-# Rows that are read of a card; we write fewer.
-LARGEST_TABLE = 32
+MARKS = ("<!-- training metadata of qtuning-peft -->", "<!-- end of training metadata of qtuning-peft -->")
+
+
+def _row(name: str, show: Callable[[Any], str] = str) -> Any:
+    return field(default=None, metadata={"name": name, "show": show})
 
 
 @dataclass(frozen=True)
 class TrainingMetadata:
-    """What a card says of how its adapter was trained: only what is known, and figures only as measured.
+    """What a card says of how its adapter was trained: only what is known, and figures only as measured."""
 
-    Attributes:
-        recipe: The settings that made it, as YAML; without paths and secrets.
-        pruning: How the training data were pruned, or that they were not.
-        results: Evaluations, which also go into the metadata in the Hub's form.
-        datasets: Names on the Hub of the training data.
-        language: Their languages, as codes.
-        license: Of the adapter, as the Hub names it.
-        steps: Optimizer steps.
-        loss: Training loss that was logged last.
-        seconds: Time of training.
-        resumed_at: Step from which `seconds` counts.
-        peak_memory: Bytes and what they were of, from [`peak_memory`].
-        machine: What it was trained on, from [`machine`].
-    """
+    recipe: str | None = None  # the settings that made it, as YAML; without paths and secrets
+    results: tuple[EvalResult, ...] = ()  # go into the card's metadata, too, as do the next three
+    datasets: tuple[str, ...] = ()  # names on the Hub of the training data
+    language: tuple[str, ...] = ()  # of the training data, as codes
+    license: str | None = None  # of the adapter, as the Hub names it
+    # Rows of a table.
+    pruning: str | None = _row("pruning")
+    steps: int | None = _row("steps")
+    loss: float | None = _row("last training loss", "{:.4g}".format)
+    seconds: float | None = _row("time", "{:.0f} s".format)
+    resumed_at: int | None = _row("time counts", "from step {} on".format)
+    peak_memory: tuple[int, str] | None = _row("peak memory", lambda peak: f"{peak[0] / 2**20:.0f} MiB {peak[1]}")
+    machine: str | None = _row("machine")
+    versions: str | None = _row("versions")
 
-    recipe: str | None = None
-    pruning: str | None = None
-    results: tuple[EvalResult, ...] = ()
-    datasets: tuple[str, ...] = ()
-    language: tuple[str, ...] = ()
-    license: str | None = None
-    steps: int | None = None
-    loss: float | None = None
-    seconds: float | None = None
-    resumed_at: int = 0
-    peak_memory: tuple[int, str] | None = None
-    machine: str | None = None
-
-    def section(self) -> str:
-        """The card's section on training, between its marks; empty when nothing but metadata is known."""
-        training = list(self._training())
-        if not (training or self.results or self.recipe):
-            return ""
-        if self.datasets:
-            training = [("training data", ", ".join(f"`{name}`" for name in self.datasets)), *training]
-        parts = [BEGIN, "## How it was trained"]
-        if training:
-            parts.append(_table(("", ""), training))
-        if self.results:
-            results = [cells_of(result) for result in self.results]
-            parts += ["## Evaluation", _table(("data", "metric", "value"), results)]
-        if self.recipe:
-            # Longer than any fence inside.
-            fence = "`" * max(3, *(len(run) + 1 for run in ["", *re.findall("`+", self.recipe)]))
-            parts += ["## Recipe", f"{fence}yaml\n{self.recipe.strip()}\n{fence}"]
-        return "\n\n".join([*parts, END])
-
-    def _training(self) -> Iterator[tuple[str, str]]:
-        if self.pruning is not None:
-            yield "pruning", self.pruning
-        if self.steps is not None:
-            yield "steps", str(self.steps)
-        if self.loss is not None:
-            yield "last training loss", f"{self.loss:.4g}"
-        if self.seconds is not None:
-            yield "time", f"{self.seconds:.0f} s" + (f" from step {self.resumed_at} on" if self.resumed_at else "")
-        if self.peak_memory is not None:
-            yield "peak memory", f"{self.peak_memory[0] / 2**20:.0f} MiB {self.peak_memory[1]}"
-        if self.machine is not None:
-            yield "machine", self.machine
+    def rows(self) -> dict[str, str]:
+        """The table's rows: names and values of what is known."""
+        known = ((f.metadata, getattr(self, f.name)) for f in fields(self) if f.metadata)
+        return {shown["name"]: shown["show"](value) for shown, value in known if value is not None}
 
 
-def read_section(text: str) -> Iterator[tuple[str, str]]:
-    """Names and values in the first table of a card's section on training."""
-    section, end, _ = text.partition(BEGIN)[2].partition(END)
-    table = section.partition("## Evaluation")[0].partition("## Recipe")[0]
-    lines = [line for line in table.splitlines() if line.startswith("| ") and line.endswith(" |")] if end else []
-    for line in lines[:LARGEST_TABLE]:
-        name, _, value = line[2:-2].partition(" | ")
-        if re.match(r"\w", name) and value:
-            yield name, value.replace("\\|", "|").replace("`", "")
+def read_rows(card: str) -> dict[str, str]:
+    """The rows of [`TrainingMetadata.rows`] that a card's text has."""
+    found = dict(re.findall(r"^\| (\w[\w ]{,30}) \| (.*) \|$", split(card, MARKS)[1], re.MULTILINE))
+    names = [f.metadata["name"] for f in fields(TrainingMetadata) if f.metadata]
+    return {name: found[name].replace("\\|", "|") for name in names if name in found}
 
 
-def cells_of(result: EvalResult) -> tuple[str, str, str]:
-    """A result as it stands in the card's table."""
-    data = result.dataset_name + (f", {result.dataset_split}" if result.dataset_split else "")
-    return data, result.metric_name or result.metric_type, str(result.metric_value)
+def split(text: str, marks: tuple[str, str]) -> tuple[str, str, str]:
+    """What stands before a section of a card, the section with its marks, and what stands after it."""
+    before, begin, rest = text.partition(marks[0])
+    section, end, after = rest.partition(marks[1])
+    return (before, begin + section + end, after) if end else (text, "", "")
 
 
 def row(cells: Iterable[str]) -> str:
@@ -109,44 +69,42 @@ def row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
 
 
-def _table(head: tuple[str, ...], rows: Iterable[Iterable[str]]) -> str:
-    return "\n".join([row(head), row("---" for _ in head), *map(row, rows)])
+def cells_of(result: EvalResult) -> tuple[str, str, str]:
+    """A result as it stands in the card's table: data, metric and value."""
+    data = ", ".join(str(part) for part in (result.dataset_name, result.dataset_split) if part)
+    return data, str(result.metric_name or result.metric_type), str(result.metric_value)
 
 
 def is_hub_name(name: str) -> bool:
     """Whether `name` can be that of a repository on the Hub, and is nothing on this machine."""
-    try:
+    with suppress(HFValidationError):
         validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not os.path.exists(name)
+        return not os.path.exists(name)
+    return False
 
 
 def peak_memory() -> tuple[int, str] | None:
-    """Most bytes at any time so far: of the GPU if one was used, else of this process."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated(), "allocated on the GPU"
+    """Most bytes at any time so far, and of what: of the GPU if one was used, else of this process."""
+    if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
+        return peak, "allocated on the GPU"
     resident = peak_resident()
     return None if resident is None else (resident, "resident, of the whole process")
 
 
 def peak_resident() -> int | None:
-    """Most bytes of this process that were in memory at any time so far, where the system tells."""
-    # Windows has no such module.
-    with contextlib.suppress(ImportError):
+    """Most bytes of this process that were in memory at any time so far, where the system reports it."""
+    with suppress(ImportError):  # on Windows
         import resource
 
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         # Linux counts in KiB.
-        return resident if sys.platform == "darwin" else resident * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return None
 
 
 def processor() -> str:
     """The CPU's name."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        if found:
+    with suppress(OSError):
+        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
             return found[1]
     return platform.processor() or platform.machine()
 
@@ -158,3 +116,8 @@ def machine() -> str:
         return f"{torch.distributed.get_world_size() if distributed else 1} {torch.cuda.get_device_name()}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{cores} cores of {processor()}, no GPU"
+
+
+def versions() -> str:
+    """Of the packages that an adapter depends on."""
+    return ", ".join(f"{name} {version(name)}" for name in ("qtuning-peft", "peft", "transformers", "torch"))

@@ -1,7 +1,7 @@
 """Side adapters on the Hub: `qtuning push`, `qtuning pull` and `qtuning info`.
 
-What is shared is a folder of PEFT's, its card completed: configuration, weights in safetensors, and the tokenizer if
-it was saved beside them. Nothing else goes up or comes down, so that optimizer states stay where they are.
+What is shared is a folder as PEFT saves it, its card completed: configuration, weights in safetensors, and the
+tokenizer if it was saved beside them. Nothing else is uploaded or downloaded, such as optimizer states.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
-from datetime import date
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,19 +20,14 @@ from safetensors import safe_open
 
 from ..atomic import replacing
 from ..side_tuning import SideTuningConfig
-from .card import complete, load_card
-from .metadata import TrainingMetadata, cells_of, is_hub_name, read_section
+from .card import complete, listed, load_card, settings_of
+from .metadata import TrainingMetadata, cells_of, is_hub_name, read_rows
 
-SHARED = (
+SHARED = [
     "README.md", CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "chat_template.jinja", "special_tokens_map.json",
     # Not `tokenizer*`: the Hub's patterns reach into folders, and a pickle may be called anything.
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-)  # fmt: skip
-# Rows of `describe` that a card cannot have a say in.
-NOT_THE_CARDS = {
-    "base model", "shape of the base", "settings", "parameters", "size", "input gates", "training data", "language",
-    "licence",
-}  # fmt: skip
+]  # fmt: skip
 LARGEST_LIST = 16
 LARGEST_CELL = 200
 
@@ -45,8 +38,8 @@ def push(
     *,
     private: bool = False,
     revision: str | None = None,
-    message: str = "",
-    facts: TrainingMetadata | None = None,
+    message: str = "Upload side adapter",
+    training: TrainingMetadata | None = None,
 ) -> str:
     """Upload an adapter.
 
@@ -56,18 +49,17 @@ def push(
         private: Whether a new repository is private.
         revision: Branch to commit to, by default `main`.
         message: Commit message.
-        facts: What the card is to say of the training beside what it says; metadata alone change nothing else.
+        training: What the card is to say of the training beside what it says.
 
     Returns:
         The address of the commit.
 
     Raises:
-        ValueError: when the folder holds no side adapter.
+        ValueError: when the folder holds no side adapter, or its card cannot be completed.
     """
     config = read_config(folder)
-    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; save the adapter with save_pretrained() first.")
-    for name in facts.datasets if facts else ():
+    _check_has(folder, SAFETENSORS_WEIGHTS_NAME, folder)
+    for name in training.datasets if training else ():
         if not is_hub_name(name):
             raise ValueError(f"{name} is no data set's name on the Hub, or a folder here; give it as user/name.")
     base = config.base_model_name_or_path
@@ -77,14 +69,13 @@ def push(
             "set base_model_name_or_path in adapter_config.json to the base's name on the Hub and push again.",
             stacklevel=2,
         )
-    complete(folder / "README.md", config, adapter=repo, facts=facts)
+    complete(folder / "README.md", config, adapter=repo, training=training)
     api = HfApi()
     repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
     if revision is not None:
         api.create_branch(repo, branch=revision, exist_ok=True)
     commit = api.upload_folder(
-        repo_id=repo, folder_path=folder, revision=revision, allow_patterns=list(SHARED),
-        commit_message=message or "Upload side adapter",
+        repo_id=repo, folder_path=folder, revision=revision, allow_patterns=SHARED, commit_message=message
     )  # fmt: skip
     return str(commit.commit_url)
 
@@ -103,11 +94,10 @@ def pull(repo: str, folder: Path, revision: str | None = None) -> SideTuningConf
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty; name another folder.")
     with replacing(folder) as unfinished:
-        snapshot_download(repo, revision=revision, local_dir=unfinished, allow_patterns=list(SHARED))
+        snapshot_download(repo, revision=revision, local_dir=unfinished, allow_patterns=SHARED)
         shutil.rmtree(unfinished / ".cache", ignore_errors=True)
         for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-            if not (unfinished / name).is_file():
-                raise ValueError(f"{repo} has no {name}, so it is no adapter that can be loaded; name another.")
+            _check_has(unfinished, name, repo)
         config = read_config(unfinished, repo)
         if folder.is_dir():
             folder.rmdir()
@@ -123,7 +113,7 @@ def read_config(adapter: Path | str, name: str | None = None, revision: str | No
     try:
         config = PeftConfig.from_pretrained(os.fspath(adapter), **({"revision": revision} if revision else {}))
     except (LookupError, TypeError, AttributeError) as error:
-        # PEFT's words for a method that it does not know.
+        # These are PEFT's errors for a method that it does not know.
         raise ValueError(
             f"{name or adapter} has an {CONFIG_NAME} that this PEFT cannot read ({error!r:.200}); upgrade PEFT, or "
             "name another adapter."
@@ -134,53 +124,60 @@ def read_config(adapter: Path | str, name: str | None = None, revision: str | No
     return config
 
 
-def describe(adapter: str, revision: str | None = None) -> Iterator[tuple[str, str]]:
-    """What is known of an adapter without its base: names and values, in the order to show.
+def describe(adapter: str, revision: str | None = None) -> dict[str, str]:
+    """What is known of an adapter without its base: names and values as printable lines, in the order to show.
 
     Args:
         adapter: A folder, or `user/name` on the Hub.
         revision: Branch, tag or commit, on the Hub.
+
+    Raises:
+        ValueError: when there is no side adapter, or no weights of it.
     """
     config = read_config(adapter, revision=revision)
     folder = Path(adapter)
     if not folder.is_dir():
-        folder = Path(snapshot_download(adapter, revision=revision, allow_patterns=list(SHARED)))
-    yield "base model", f"{config.base_model_name_or_path}" + (f" at {config.revision}" if config.revision else "")
-    yield "shape of the base", f"{config.base_num_layers} blocks, hidden size {config.base_hidden_size}"
-    settings = ["reduction_factor", "downsample", "mixing", "side_attention", "num_side_heads", "task_type"]
-    settings.insert(3, "tap_every" if config.layers_to_transform is None else "layers_to_transform")
-    yield "settings", ", ".join(f"{name} {getattr(config, name)}" for name in settings if getattr(config, name))
+        folder = Path(snapshot_download(adapter, revision=revision, allow_patterns=SHARED))
+    _check_has(folder, SAFETENSORS_WEIGHTS_NAME, adapter)
     file = folder / SAFETENSORS_WEIGHTS_NAME
-    if not file.is_file():
-        raise ValueError(f"{adapter} has no {SAFETENSORS_WEIGHTS_NAME}, so it is no adapter that can be loaded.")
     with safe_open(file, framework="pt") as tensors:
         keys = list(tensors.keys())
-        yield "parameters", f"{sum(prod(tensors.get_slice(key).get_shape()) for key in keys):,}"
-        yield "size", f"{file.stat().st_size / 2**20:.1f} MiB"
-        shares = [tensors.get_tensor(key).float().sigmoid().mean().item() for key in keys if ".gate" in key]
-    if shares:
-        yield (
-            "input gates",
-            (
-                f"{sum(shares) / len(shares):.2f} of the side network's own state on average, "
-                f"{min(shares):.2f} to {max(shares):.2f} over its blocks"
-            ),
-        )
-    if (folder / "README.md").is_file():
-        try:
-            card = load_card(folder / "README.md")
-            rows = [row for row in read_section(card.text) if row[0] not in NOT_THE_CARDS]
-            told = [*_of_metadata(card.data), *rows]
-        except (ValueError, TypeError, AttributeError) as error:
-            told = [("card", f"cannot be shown: {error}")]
-        yield from ((name[:LARGEST_CELL], value[:LARGEST_CELL]) for name, value in told)
+        parameters = sum(prod(tensors.get_slice(key).get_shape()) for key in keys)
+        gates = [tensors.get_tensor(key).float().sigmoid().mean().item() for key in keys if ".gate" in key]
+    revision = f" at {config.revision}" if config.revision else ""
+    known = {
+        "base model": f"{config.base_model_name_or_path}{revision}",
+        **{name: str(value) for name, value in settings_of(config).items()},
+        "parameters": f"{parameters:,}",
+        "size": f"{file.stat().st_size / 2**20:.1f} MiB",
+    }
+    if gates:
+        mean = sum(gates) / len(gates)
+        known["input gates"] = f"{mean:.2f} of the side network's own state ({min(gates):.2f} to {max(gates):.2f})"
+    try:
+        # In the Hub's cache it is a link.
+        known |= _of_card(load_card(Path(os.path.realpath(folder / "README.md"))))
+    except ValueError as error:
+        known["card"] = f"cannot be shown: {error}"
+    return {_line(name): _line(value) for name, value in known.items()}
 
 
-def _of_metadata(data: Any) -> Iterator[tuple[str, str]]:
-    for name, value in (("training data", data.datasets), ("language", data.language), ("licence", data.license)):
-        if value:
-            listed = value if isinstance(value, list) else [value]
-            yield name, ", ".join(str(v) for v in listed[:LARGEST_LIST] if isinstance(v, (str, int, float, date)))
-    for result in (data.eval_results or [])[:LARGEST_LIST]:
-        dataset, metric, value = cells_of(result)
-        yield f"{metric} on {dataset}", value
+def _of_card(card: Any) -> dict[str, str]:
+    """What an untrusted card says, under names that no figure of ours has."""
+    data = card.data
+    said = {"training data": data.datasets, "language": data.language, "licence": data.license}
+    results = map(cells_of, (data.eval_results or [])[:LARGEST_LIST])
+    return {
+        **{name: ", ".join(listed(value)[:LARGEST_LIST]) for name, value in said.items() if value},
+        **{f"{metric} on {dataset}": value for dataset, metric, value in results},
+        **read_rows(card.text),
+    }
+
+
+def _line(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text[:LARGEST_CELL])
+
+
+def _check_has(folder: Path, name: str, adapter: object) -> None:
+    if not (folder / name).is_file():
+        raise ValueError(f"{adapter} has no {name}, so it is no adapter that can be loaded; save or name another.")

@@ -106,10 +106,10 @@ def test_preprocess_train_resume_evaluate_and_inference(folder: Path) -> None:
     card = ModelCard.load(out / "README.md")
     assert card.data.library_name == "peft"
     assert card.data.eval_results[-1].metric_value == pytest.approx(history(folder, "qst", "eval_loss")[-1], abs=1e-3)
-    facts = card.text.partition("training facts")[2].partition("training facts")[0]
+    section = card.text.partition("training metadata")[2].partition("training metadata")[0]
     for known in ("| pruning | kept 32 of 64 samples", "| steps | 32 |", "sample_ratio: 0.5", "micro_batch_size: 4"):
-        assert known in facts
-    assert str(folder) not in facts
+        assert known in section
+    assert str(folder) not in section
     assert not card.data.datasets
     assert (out / "eu_report.html").is_file()
     assert all("qst_side_network" in name for name in load_file(out / "adapter_model.safetensors"))
