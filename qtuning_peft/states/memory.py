@@ -19,15 +19,7 @@ from .prefix import is_prefix
 
 
 class HiddenStateCache:
-    """States by the tokens of a row.
-
-    Args:
-        budget: Bytes to use at most.
-        layers: Indices of the tapped blocks.
-
-    Attributes:
-        used: Bytes that are used.
-    """
+    """States of the tapped blocks `layers` by the tokens of a row, in `budget` bytes, of which `used` are used."""
 
     def __init__(self, budget: int, layers: Collection[int]) -> None:
         self.budget, self.layers, self.used = budget, layers, 0

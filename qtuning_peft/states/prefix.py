@@ -30,11 +30,7 @@ SHORTEST = 16
 
 
 class PrefixLayer(DynamicLayer):
-    """Keys and values of the prefix in one block, (1, heads, P, size), put in front of any batch's and never added to.
-
-    Args:
-        filled: A layer that the prefix has filled.
-    """
+    """Keys and values of the prefix in one block, (1, heads, P, size), put before any batch's, never added to."""
 
     def __init__(self, filled: Any) -> None:
         super().__init__()
@@ -51,11 +47,7 @@ class PrefixLayer(DynamicLayer):
 
 
 class PromptPrefix:
-    """Tokens that rows begin with, and what the base computes for them.
-
-    Args:
-        input_ids: Their ids.
-    """
+    """Tokens that rows begin with, and what the base computes for them."""
 
     def __init__(self, input_ids: Sequence[int]) -> None:
         self.input_ids = torch.tensor(list(input_ids), dtype=torch.int64)  # (P,)

@@ -29,11 +29,7 @@ from .recorder import record_states
 
 
 class CenterFit:
-    """Measures the centers of a side network's taps in a first training step.
-
-    Args:
-        network: The side network.
-    """
+    """Measures the centers of a side network's taps in a first training step."""
 
     def __init__(self, network: SideNetwork) -> None:
         self.network = network

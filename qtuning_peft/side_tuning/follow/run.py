@@ -15,12 +15,7 @@ from .follower import BlockCall
 
 
 class SideRun:
-    """Runs a side network; see [`Listener`].
-
-    Args:
-        network: The side network.
-        adapter: Its name, which a key-value cache is marked with.
-    """
+    """Runs a side network; see [`Listener`]. A key-value cache is marked with its name, `adapter`."""
 
     def __init__(self, network: SideNetwork, adapter: str) -> None:
         self.network = network
@@ -55,11 +50,7 @@ class SideRun:
         self.steps += 1
 
     def end(self, normed: Tensor) -> Tensor:
-        """Mix.
-
-        Raises:
-            RuntimeError: when not every tapped block has run.
-        """
+        """Mix; a `RuntimeError` when not every tapped block has run."""
         if self.side is None:
             return normed
         if self.steps != len(self.layers):

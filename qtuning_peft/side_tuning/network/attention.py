@@ -34,9 +34,6 @@ _FIRST_SIDE_LAYER = "first_side_layer"
 _ADAPTER = "side_adapter"
 
 
-# -- the module ----------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class AttentionInputs:
     """What a side block's attention needs beside the hidden states.
@@ -73,13 +70,7 @@ class AttentionInputs:
 
 
 class SideAttention(nn.Module):
-    """Causal self-attention of the side network.
-
-    Args:
-        shape: The base.
-        width: Width d/r of the side network.
-        num_heads: Number of heads; keys and values have as many.
-    """
+    """Causal self-attention of the side network, `width` d/r wide; keys and values have as many heads."""
 
     is_causal = True
     num_key_value_groups = 1
@@ -118,11 +109,7 @@ class SideAttention(nn.Module):
 
 
 def _shared_mask(mask: Any, implementation: str) -> Any:
-    """The base's mask, if it means the same for other heads than the base's.
-
-    Raises:
-        NotImplementedError: when it does not.
-    """
+    """The base's mask, if it means the same for other heads than the base's; else a `NotImplementedError`."""
     if implementation.startswith("paged"):
         raise NotImplementedError(
             f"Attention implementation {implementation} keeps keys and values in pages, where the side network has "
@@ -140,9 +127,6 @@ def _shared_mask(mask: Any, implementation: str) -> Any:
             "this architecture yet."
         )
     return mask
-
-
-# -- rotary positions ----------------------------------------------------------------------------------------------
 
 
 def narrow_rotary(cos: Tensor, sin: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -180,9 +164,6 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned if size == states.shape[-1] else torch.cat([turned, states[..., size:]], dim=-1)
 
 
-# -- one pass ------------------------------------------------------------------------------------------------------
-
-
 class AttentionPass:
     """Makes the inputs of side blocks' attention from what the base gives its own blocks, in one pass.
 
@@ -200,11 +181,7 @@ class AttentionPass:
         self._masks: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def begin(self, arguments: dict[str, Any]) -> None:
-        """Make room in the key-value cache among the first block's arguments.
-
-        Raises:
-            ValueError: when it holds tokens that this side network has not seen.
-        """
+        """Make room in the key-value cache among the first block's arguments."""
         cache = cache_in(arguments)
         if cache is not None:
             self.first_side_layer = attach_side_layers(cache, self.num_base_layers, self.layers, self.adapter)
@@ -255,17 +232,8 @@ def _sliding_window(block: nn.Module) -> int | None:
     return _WINDOWS[block]
 
 
-# -- the key-value cache -------------------------------------------------------------------------------------------
-
-
 def attach_side_layers(cache: Cache, num_base_layers: int, layers: Sequence[int], adapter: str) -> int:
-    """Make sure that `cache` has a layer for every side block.
-
-    Args:
-        cache: The cache that the base is about to fill.
-        num_base_layers: Number of blocks of the base.
-        layers: Indices of the tapped blocks.
-        adapter: Name of the active adapter.
+    """Make sure that `cache`, which the base is about to fill, has a layer for every side block.
 
     Returns:
         Index of the first side layer in `cache.layers`.

@@ -37,14 +37,7 @@ class SideMLP(nn.Module):
 
 
 class SideBlock(nn.Module):
-    """Pre-norm transformer block of the side network.
-
-    Args:
-        shape: The base.
-        width: Width d/r.
-        num_heads: Attention heads; with none, the block is an MLP alone.
-        dropout: Dropout probability on both branches' outputs.
-    """
+    """Pre-norm transformer block, `width` d/r wide; with `num_heads` of `None` an MLP alone."""
 
     def __init__(self, shape: BaseShape, width: int, num_heads: int | None, dropout: float) -> None:
         super().__init__()

@@ -38,11 +38,7 @@ class Sum(nn.Module):
 
 
 class SigmoidGate(nn.Module):
-    """Input gate: a blend with learned weights.
-
-    Args:
-        start: Weights before the sigmoid, () or (d/r,).
-    """
+    """Input gate: a blend with learned weights, which `start`, () or (d/r,), are before the sigmoid."""
 
     def __init__(self, start: Tensor) -> None:
         super().__init__()

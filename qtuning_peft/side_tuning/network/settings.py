@@ -162,21 +162,13 @@ def default_num_heads(width: int) -> int:
 
 
 def check_bool(name: str, value: object) -> None:
-    """Check that the field `name` is a boolean.
-
-    Raises:
-        ValueError: when it is not.
-    """
+    """Check that the field `name` is a boolean."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} is {short(value)}; give true or false.")
 
 
 def check_integer(name: str, value: object, least: int) -> None:
-    """Check that the field `name` is an integer of at least `least`.
-
-    Raises:
-        ValueError: when it is not.
-    """
+    """Check that the field `name` is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} is {short(value)}; give an integer of at least {least}.")
     if value > LARGEST_SIZE:

@@ -28,12 +28,7 @@ def without_adapter_name(key: str, adapter_name: str) -> str:
 
 
 def check_tensors(networks: nn.ModuleDict, state_dict: dict[str, Any], prefix: str) -> None:
-    """Check everything that `state_dict` holds for side networks, before anything is copied.
-
-    Args:
-        networks: The side networks by adapter name.
-        state_dict: The state dict of the whole model or of an adapter.
-        prefix: What the keys of the side networks begin with.
+    """Check everything that `state_dict` holds for side networks under `prefix`, before anything is copied.
 
     Raises:
         ValueError: when an adapter is incomplete, has a tensor too many, or one of another shape or not finite.
@@ -50,11 +45,7 @@ def check_tensors(networks: nn.ModuleDict, state_dict: dict[str, Any], prefix: s
 
 
 def check_adapter(expected: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> None:
-    """Check the tensors of one adapter against those of the side network they are for.
-
-    Raises:
-        ValueError: as `check_tensors`.
-    """
+    """Check the tensors of one adapter against those of the side network they are for."""
     check_keys(expected, given)
     for key, tensor in given.items():
         check_shape(key, tensor.shape, expected[key])

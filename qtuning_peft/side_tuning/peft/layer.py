@@ -53,11 +53,7 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         self.follower: Follower | None = None
 
     def update_layer(self, adapter_name: str, config: SideTuningConfig, shape: BaseShape) -> None:
-        """Add a side network named `adapter_name`.
-
-        Raises:
-            ValueError: when `config` does not fit the base.
-        """
+        """Add a side network named `adapter_name`; a `ValueError` when `config` does not fit the base."""
         network = SideNetwork(config, shape)
         network.train(self.training)
         self.qst_side_network[adapter_name] = network
@@ -94,11 +90,7 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
             self.follower = None
 
     def active_network(self) -> SideNetwork | None:
-        """The side network that runs beside the base now, if any.
-
-        Raises:
-            ValueError: when several adapters are active.
-        """
+        """The side network that runs beside the base now, if any; a `ValueError` when several are active."""
         names = self._active_names()
         if len(names) > 1:
             raise ValueError(f"Adapters {', '.join(names)} are active together; side networks run one at a time.")
@@ -115,11 +107,7 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.qst_side_network]
 
     def prepare_base(self, decoder: nn.Module) -> None:
-        """Undo `model.train()` for the base: dropout there would only make the side network's inputs noisy.
-
-        Raises:
-            ValueError: when something else in the base wants a gradient.
-        """
+        """Undo `model.train()` for the base: dropout there would only make the side network's inputs noisy."""
         if not decoder.training:
             return
         side_parameters = {id(parameter) for parameter in self.qst_side_network.parameters()}

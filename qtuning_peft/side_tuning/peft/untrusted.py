@@ -36,21 +36,13 @@ LARGEST_TOKENIZER = 2**26
 
 
 def check_text(name: str, value: object) -> None:
-    """Check that `value` is one printable line, or `None`.
-
-    Raises:
-        ValueError: when it is not.
-    """
+    """Check that `value` is one printable line, or `None`."""
     if value is not None and not (isinstance(value, str) and len(value) <= LARGEST_TEXT and value.isprintable()):
         raise ValueError(f"{name} is {short(value)}; give one line of at most {LARGEST_TEXT} characters, or none.")
 
 
 def check_names(name: str, value: object) -> None:
-    """Check that `value` is a short list of module names, or `None`.
-
-    Raises:
-        ValueError: when it is not.
-    """
+    """Check that `value` is a short list of module names, or `None`."""
     if value is None:
         return
     if not isinstance(value, (list, tuple, set)) or len(value) > LARGEST_TEXT:
@@ -76,11 +68,7 @@ class Origin:
     download: Mapping[str, Any] = field(default_factory=dict)
 
     def weights(self) -> Path:
-        """The adapter's safetensors file.
-
-        Raises:
-            ValueError: when there is none, or only pickled weights, which PEFT would go on to read.
-        """
+        """The safetensors file; a `ValueError` when there is none, or only a pickle, which PEFT would read."""
         name = SAFETENSORS_WEIGHTS_NAME
         if os.path.isdir(self.folder):
             file = Path(self.folder, self.subfolder or "", name)
@@ -134,11 +122,7 @@ def check_file(file: Path, expected: Mapping[str, torch.Tensor]) -> None:
 
 
 def check_keys(expected: Iterable[str], given: Iterable[str]) -> None:
-    """Check that two sets of names are the same.
-
-    Raises:
-        ValueError: when tensors are missing or too many.
-    """
+    """Check that no tensor is missing, and none too many."""
     missing, extra = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
     if missing:
         raise ValueError(f"The adapter lacks {_some(missing)}; it was made with another configuration or is damaged.")
@@ -150,11 +134,7 @@ def check_keys(expected: Iterable[str], given: Iterable[str]) -> None:
 
 
 def check_shape(key: str, shape: Iterable[int], expected: torch.Tensor) -> None:
-    """Check the shape of one tensor.
-
-    Raises:
-        ValueError: when it is another.
-    """
+    """Check the shape of one tensor."""
     if tuple(shape) != tuple(expected.shape):
         raise ValueError(
             f"The adapter's {_name(key)} has shape {tuple(shape)}, the side network needs {tuple(expected.shape)}; "
@@ -163,11 +143,7 @@ def check_shape(key: str, shape: Iterable[int], expected: torch.Tensor) -> None:
 
 
 def check_values(key: str, tensor: torch.Tensor, expected: torch.Tensor) -> None:
-    """Check the dtype and the values of one tensor, as they will be in the side network's dtype.
-
-    Raises:
-        ValueError: when it holds no floating point numbers, or such that are not finite.
-    """
+    """Check that one tensor holds floating point numbers, finite also in the side network's dtype."""
     if tensor.dtype not in DTYPES:
         raise ValueError(_wrong_dtype(key, str(tensor.dtype)))
     if not tensor.is_meta and not bool(torch.isfinite(tensor.to(expected.dtype)).all()):
