@@ -1,4 +1,4 @@
-"""`qtuning convert`: adapters with the logits of the QST authors' formulas, from files such as their code saves.
+"""The conversion script: adapters with the logits of the QST authors' formulas, from files such as their code saves.
 
 The reference is written from those formulas (ACL 2024, and what the authors' code adds to them) in plain float64
 tensors, under the authors' names, and shares no code with the package:
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from typer import Typer
 from typer.testing import CliRunner
 
-from qtuning_peft.cli.hub import convert
-from qtuning_peft.side_tuning.peft.convert import convert_checkpoint
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from convert_checkpoint import convert_checkpoint, main
 
 R, RANK, HEADS = 4, 8, 4
 Checkpoint = dict[str, dict[str, Tensor] | Tensor]
@@ -387,12 +388,12 @@ def test_an_output_that_holds_something_is_left_alone(tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     app = Typer()
-    app.command()(convert)
+    app.command()(main)
     arguments = [str(tmp_path / "checkpoint"), str(tmp_path / "base"), "--output", str(tmp_path / "adapter")]
     files = prepared(tmp_path, "opt")
     finished = CliRunner().invoke(app, arguments)
     assert finished.exit_code == 0, finished.output
-    assert "r 4, 3 side blocks with 4 heads" in finished.output
+    assert "reduction_factor 4, 3 side blocks with 4 heads" in finished.output
     assert difference(tmp_path, files) < 1e-9
     refusal = CliRunner().invoke(app, arguments)
     assert refusal.exit_code == 1

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import data as commands
-from .hub import convert, info, pull, push
+from .hub import info, pull, push
 from .recipes import app as recipes_app
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def sft(context: typer.Context) -> None:
 app.command()(commands.score)
 app.command()(commands.prune)
 app.command()(commands.plot)
-for command in (push, pull, info, convert):
+for command in (push, pull, info):
     app.command()(command)
 app.add_typer(recipes_app)
 

@@ -1,4 +1,4 @@
-"""`qtuning push`, `pull`, `info` and `convert`: adapters on the Hub, and the QST authors' checkpoints as adapters."""
+"""`qtuning push`, `pull` and `info`: adapters on the Hub."""
 
 from __future__ import annotations
 
@@ -14,23 +14,6 @@ from .data import console, one_sentence, printable
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapter; new, or empty.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
-
-
-def convert(
-    folder: Annotated[Path, typer.Argument(help="Folder with the .pt files that the authors' code saved.")],
-    base: Annotated[str, typer.Argument(help="Model it was trained on, Llama or OPT: a folder, or a name on the Hub.")],
-    output: Output,
-) -> None:
-    """Turn a checkpoint of the QST authors' code into an adapter with the same logits.
-
-    The files are read as tensors alone, no code in them is run, and the base's weights are not loaded.
-    """
-    with one_sentence():
-        from ..side_tuning.peft.convert import convert_checkpoint
-
-        config = convert_checkpoint(folder, base, output)
-        network = f"{config.base_num_layers} side blocks with {config.num_side_heads} heads"
-        console.print(f"reduction_factor {config.reduction_factor}, {network}: {printable(output)}", highlight=False)
 
 
 def push(

@@ -1,5 +1,7 @@
 """Adapters from checkpoints of the authors' own code for Quantized Side Tuning (QST, ACL 2024, arXiv 2401.07159).
 
+    python scripts/convert_checkpoint.py CHECKPOINT BASE --output ADAPTER
+
 Their trainer saves six files of tensors and nothing else. With z_i and s their gates, D_i their down-samplers and f the
 output of the base's final norm, what the tensors mean is, for every block i of the base,
 
@@ -15,16 +17,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 from peft import get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from ...atomic import replacing
-from .config import SideTuningConfig
-from .files import check_adapter
-from .layer import SideTuningLayer
+from qtuning_peft import SideTuningConfig
+from qtuning_peft.atomic import replacing
+from qtuning_peft.cli.data import console, one_sentence, printable
+from qtuning_peft.side_tuning.peft.files import check_adapter
+from qtuning_peft.side_tuning.peft.layer import SideTuningLayer
 
 LAYERS = "qst_layers_parameters.pt"
 GATES = "qst_z_parameters.pt"
@@ -223,3 +228,22 @@ def _sources(name: str, family: str) -> tuple[Key, ...]:
 def _some(keys: list[Key]) -> str:
     named = [f"{key} in {file}" if key else file for file, key in keys[:3]]
     return ", ".join(named) + (f" and {len(keys) - 3} more tensors" if len(keys) > 3 else "")
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Folder with the .pt files that the authors' code saved.")],
+    base: Annotated[str, typer.Argument(help="Model it was trained on, Llama or OPT: a folder, or a name on the Hub.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapter; new, or empty.")],
+) -> None:
+    """Turn a checkpoint of the QST authors' code into an adapter with the same logits.
+
+    The files are read as tensors alone, no code in them is run, and the base's weights are not loaded.
+    """
+    with one_sentence():
+        config = convert_checkpoint(folder, base, output)
+        network = f"{config.base_num_layers} side blocks with {config.num_side_heads} heads"
+        console.print(f"reduction_factor {config.reduction_factor}, {network}: {printable(output)}", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
