@@ -1,7 +1,7 @@
 """What MkDocs does with a page besides Markdown: tables of options, and links that leave this folder.
 
-`<!-- options: qtuning_peft.SideTuningConfig -->` becomes a table of that dataclass's fields, each with its default and its
-help, followed by the choices of every field that has a registry. Nothing is listed by hand, so that a choice which
+`<!-- options: qtuning_peft.SideTuningConfig -->` becomes a table of that dataclass's fields, each with its default and
+its help, followed by the choices of every field that has a registry. Nothing is listed by hand, so that a choice which
 another file or package registers is in the documents when they are built.
 """
 
@@ -34,11 +34,17 @@ def on_page_markdown(markdown: str, *, config: Any, **_: Any) -> str:
     return OPTIONS.sub(lambda mark: options(getattr(import_module(mark[1]), mark[2])), markdown)
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Take off what Hugging Face's docstrings mark names and types with, and Markdown does not know."""
+    html = re.sub(r"\[(<code>[\w.]+</code>)\]", r"\1", html)
+    return re.sub(r"<code>(`[^<]*)</code>", lambda found: f"<code>{re.sub('[`*]', '', found[1])}</code>", html)
+
+
 def options(dataclass: type) -> str:
     """Tables of the fields of `dataclass`, and of the choices of each that has a registry."""
     arguments = {
         argument.name: argument.description
-        for section in Docstring(getdoc(dataclass) or "").parse("google")
+        for section in Docstring(getdoc(dataclass) or "").parse("google", warnings=False)
         if section.kind is DocstringSectionKind.parameters
         for argument in section.value
     }

@@ -6,4 +6,4 @@ source "$(dirname "$0")/environment.sh"
 .venv/bin/python -c "import material, mkdocstrings_handlers.python" 2>/dev/null || prepare docs
 export NO_MKDOCS_2_WARNING=1
 if [ "${1:-build}" = serve ]; then exec .venv/bin/mkdocs serve; fi
-exec .venv/bin/mkdocs build --strict --quiet --site-dir site
+exec .venv/bin/mkdocs build --strict --site-dir site
