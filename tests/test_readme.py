@@ -240,3 +240,46 @@ def test_pages_get_their_tables_and_links_that_lead_somewhere(hooks: Any) -> Non
         assert made.endswith(f"\n{link} [b](quality.md)")
         assert "| `reduction_factor` | `4` |" in made
         assert "base_num_layers" not in made
+
+
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+HOUSE = pytest.mark.skipif(
+    not (ROOT / "qtuning_peft" / "side_tuning" / "network").is_dir(), reason="needs the folders that the page describes"
+)
+
+
+@HOUSE
+def test_every_file_and_name_of_the_map_exists() -> None:
+    rows = [re.findall(r"`([^`]+)`", line) for line in read(ARCHITECTURE).partition("| you look for")[2].splitlines()]
+    files = {name for row in rows for name in row if name.endswith(".py")}
+    assert len(files) >= 30
+    names: set[str] = set()
+    for row in rows:
+        folder = Path()
+        for name in row:
+            if name.endswith(".py"):
+                # A bare name follows one in the same folder.
+                near = [ROOT / "qtuning_peft" / folder / name, ROOT / "qtuning_peft" / name, ROOT / name]
+                found = next((file for file in near if file.is_file()), None)
+                assert found is not None, name
+                folder = Path(name).parent if "/" in name else folder
+                names |= set(re.findall(r"^(?:class |def |    def |)(\w+)", read(found), re.MULTILINE))
+    for name in (name for row in rows for name in row if re.fullmatch(r"[A-Za-z_.]+", name) and "." not in name):
+        if name not in ("tap_storage", "get_peft_model", "unload", "qtuning"):
+            assert name in names, name
+
+
+@HOUSE
+def test_what_it_says_of_adding_a_choice_is_enough() -> None:
+    """In a process of its own, as registered names stay."""
+    additions = "\n".join(blocks(read(ARCHITECTURE), "python"))
+    check = (
+        "from qtuning_peft.integrations.blocks import EUPruningBlock, QSTBlock, read_block\n"
+        "read_block('qst', QSTBlock, {'downsample': 'strided'})\n"
+        "read_block('eu_pruning', EUPruningBlock, {'strategy': 'shortest', 'sample_ratio': 0.5})\n"
+        "import torch\n"
+        "states = torch.arange(12.0).view(1, 1, 12)\n"
+        "assert Strided(12, 3, 1)(states).tolist() == [[[0, 4, 8]]]\n"
+    )
+    finished = run_in(ROOT, f"{additions}\n{check}")
+    assert finished.returncode == 0, finished.stderr[-2000:]
