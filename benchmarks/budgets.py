@@ -18,7 +18,7 @@ RATIOS = (0.125, 0.25, 0.5, 0.75)
 def main() -> None:
     """Prune at every ratio, and write results and a table."""
     model, tokenizer = smollm2()
-    options = {"resume_dir": HERE / "results" / "parts", "rows_per_part": 64, "el2n": True, "ifd": True}
+    options = {"resume_dir": HERE / "results" / "parts", "rows_per_part": 64, "scores": ("el2n", "ifd")}
     sets = {"GSM8K": gsm8k("train", 0, TRAIN_ROWS)}
     results = []
     for name, rows in sets.items():
@@ -26,7 +26,7 @@ def main() -> None:
         for ratio in RATIOS:
             pruner = EUPruner(sample_ratio=ratio, token_ratio=0.5, tokenizer=tokenizer).fit(scored)
             kept = scored.map(pruner, batched=True, load_from_cache_file=False)
-            thresholds = pruner.cuts[None].thresholds
+            thresholds = pruner.fitted.thresholds
             results.append(
                 {
                     "source": name, "samples": len(scored), "sample_ratio": ratio, "kept": len(kept),

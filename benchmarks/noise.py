@@ -100,7 +100,7 @@ def main() -> None:
     def scored(rows: list[dict[str, str]]) -> Dataset:
         data = Dataset.from_list(rows)
         return score(
-            data, model, tokenizer, el2n=True, ifd=True, resume_dir=HERE / "results" / "parts", rows_per_part=64
+            data, model, tokenizer, scores=("el2n", "ifd"), resume_dir=HERE / "results" / "parts", rows_per_part=64
         )
 
     results = []

@@ -23,9 +23,9 @@ import torch
 from common import environment, markdown, save, smollm2
 
 from qtuning_peft.demo.gsm8k import read_rows
-from qtuning_peft.eu_plane.batching import Piece, batches, right_padded
+from qtuning_peft.eu_plane.batching import batches, right_padded, token_scores
 from qtuning_peft.eu_plane.rows import RowEncoder
-from qtuning_peft.eu_plane.scores import token_scores
+from qtuning_peft.eu_plane.tokenized import Sample
 
 TOKENS_PER_BATCH, ROWS, ROUNDS = 2048, 16, 3
 
@@ -43,7 +43,9 @@ def loads(tokenizer: Any) -> dict[str, list[Any]]:
         name: [
             right_padded(
                 [
-                    Piece(i, rows[i].input_ids, rows[i].labels if name == "answers" else [-100, *rows[i].input_ids[1:]])
+                    Sample(
+                        i, rows[i].input_ids, rows[i].labels if name == "answers" else [-100, *rows[i].input_ids[1:]]
+                    )
                     for i in part
                 ],
                 device,

@@ -91,11 +91,11 @@ def prune(
     if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
         raise ValueError("prune takes one split, as only training data is pruned; pass dataset['train'].")
     pruner = EUPruner(tokenizer=tokenizer, **pruning)
-    if pruner.strategy in ("el2n", "ifd"):
-        scoring = {pruner.strategy: True, **(scoring or {})}
     if isinstance(dataset, IterableDataset) and not pruner.per_batch:
         raise ValueError("The data is streamed, so thresholds for all of it cannot be found; set per_batch to True.")
-    scored = score(dataset, model, tokenizer, **(scoring or {}))
+    scoring = dict(scoring or {})
+    scoring["scores"] = (*pruner.scores, *scoring.get("scores", ()))
+    scored = score(dataset, model, tokenizer, **scoring)
     if not pruner.per_batch:
         pruner.fit(scored)
     return scored.map(pruner, batched=True)
@@ -126,7 +126,7 @@ def _score(
                 write(part, file)
             else:
                 bar.set_postfix_str("resumed")
-            # Rows that were not run, or in several pieces.
+            # Rows that were not run, or as several samples.
             bar.n = indices.stop
             bar.refresh()
             parts.append(part)
@@ -138,16 +138,12 @@ def _score(
 @contextmanager
 def part_folder(resume_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
     """Folder for finished parts: `resume_dir`, or one that goes away."""
-    if resume_dir is None:
-        with tempfile.TemporaryDirectory() as temporary:
-            yield Path(temporary)
-        return
-    folder = Path(resume_dir)
-    try:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(resume_dir or temporary)
+        if folder.is_file():
+            raise ValueError(f"resume_dir is {folder}, which is a file; name a folder.")
         folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise ValueError(f"resume_dir is {folder}, which is a file; name a folder.") from error
-    yield folder
+        yield folder
 
 
 def read(file: Path, rows: int) -> Dataset | None:

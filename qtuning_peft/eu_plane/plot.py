@@ -15,8 +15,9 @@ import numpy as np
 
 from ..atomic import replacing
 from .pruner import EUPruner
-from .quadrants import CALIBRATION, MISCONCEPTION, NOISE, QUADRANTS, REDUNDANT, Thresholds
-from .selection import DEGENERATE, DROPPED, EU_PLANE, KEPT, UNSCORED, spearman
+from .quadrants import CALIBRATION, MISCONCEPTION, NOISE, REDUNDANT, Thresholds
+from .selection import DEGENERATE, DROPPED, KEPT, SAMPLE_STRATEGIES, UNSCORED, rank_correlation
+from .strategies import EUPlane
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,7 +51,7 @@ def plot_plane(
 
     Args:
         scored: Data with the columns that `EUScorer` adds. Rows without a score are left out.
-        pruner: Colours the samples by quadrant and gives the thresholds; those of several strata are not drawn.
+        pruner: Colours the samples by quadrant and gives the thresholds.
         path: Also save the picture here, as `.png`, `.svg` or `.pdf`; a file of that name is replaced once it is whole.
         title: Stands above the picture.
 
@@ -82,7 +83,7 @@ def plot_plane(
     groups: dict[str, np.ndarray] = {MISCONCEPTION: np.ones(len(x), bool)}
     if pruner is not None:
         quadrants = pruner.quadrants(scored)[shown]
-        expected = QUADRANTS if pruner.strategy == EU_PLANE else (KEPT, DROPPED)
+        expected = SAMPLE_STRATEGIES[pruner.strategy].quadrants
         groups = {name: quadrants == name for name in COLOURS if name in expected or name in quadrants}
 
     figure = Figure(figsize=(7.2, 6.6), dpi=150, layout="constrained", facecolor="white")
@@ -109,12 +110,8 @@ def plot_plane(
     for label in (plane.xaxis.label, plane.yaxis.label):
         label.set_color(INK)
 
-    strata = 0
-    if pruner is not None and not pruner.per_batch:
-        cuts = list(pruner.cuts.values())
-        strata = len(cuts)
-        if strata == 1 and cuts[0].thresholds is not None:
-            _lines(plane, cuts[0].thresholds)
+    if isinstance(fitted := pruner and not pruner.per_batch and pruner.fitted, EUPlane):
+        _lines(plane, fitted.thresholds)
     if pruner is not None:
         handles = [
             Line2D([], [], marker="o", linestyle="", color=COLOURS[name], label=f"{name}: {int(members.sum()):,}")
@@ -125,7 +122,7 @@ def plot_plane(
                       handletextpad=0.1, columnspacing=1.4, fontsize=9)  # fmt: skip
 
     outside = int(((x < view[0][0]) | (x > view[0][1]) | (y < view[1][0]) | (y > view[1][1])).sum())
-    correlation = spearman(y, x)
+    correlation = rank_correlation(y, x)
     facts = [
         f"{len(x):,} {'sample' if len(x) == 1 else 'samples'}",
         f"rank correlation {'undefined' if np.isnan(correlation) else f'{correlation:.2f}'}",
@@ -133,7 +130,6 @@ def plot_plane(
     omissions = [
         f"{outside:,} outside of the view" if outside else "",
         f"{(~shown).sum():,} without a score left out" if not shown.all() else "",
-        f"thresholds differ between {strata} strata" if strata > 1 else "",
     ]
     lines = [", ".join(facts), ", ".join(filter(None, omissions))]
     above.set_title("\n".join(filter(None, lines)), loc="left", fontsize=10, color=INK)
