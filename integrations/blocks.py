@@ -42,7 +42,12 @@ def _describe(option: Option[Any], schema: dict[str, Any]) -> None:
         schema["enum"] = [*choices]
 
 
-class QSTBlock(_options_of(SideTuningConfig, {field.name for field in fields(PeftConfig)})):  # type: ignore[misc]  # made at run time
+_AdapterOptions: Any = _options_of(SideTuningConfig, {field.name for field in fields(PeftConfig)})
+# The others have no use on rows that a trainer has tokenized.
+_PrunerOptions: Any = _options_of(EUPruner, ("tokenizer", "per_batch", "keep_dropped"))
+
+
+class QSTBlock(_AdapterOptions):
     """The block `qst`: a `SideTuningConfig`."""
 
     @model_validator(mode="after")
@@ -52,9 +57,8 @@ class QSTBlock(_options_of(SideTuningConfig, {field.name for field in fields(Pef
 
     def peft_config(self, task_type: str = "CAUSAL_LM") -> SideTuningConfig:
         """The PEFT configuration that this block describes."""
-        return SideTuningConfig(
-            **self.model_dump(exclude_unset=True, include={*QSTBlock.model_fields}), task_type=task_type
-        )
+        options = self.model_dump(exclude_unset=True, include={*_AdapterOptions.model_fields})
+        return SideTuningConfig(**options, task_type=task_type)
 
 
 class QSTTrainingBlock(QSTBlock):
@@ -72,12 +76,7 @@ class QSTTrainingBlock(QSTBlock):
         return [] if self.hidden_state_cache_gib is None else [HiddenStateCacheCallback(self.hidden_state_cache_gib)]
 
 
-# Of `EUPruner`, what has no use on rows that a trainer has tokenized.
-_OF_DATA_SETS = ("tokenizer", "per_batch", "keep_dropped")
-_PrunerOptions = _options_of(EUPruner, _OF_DATA_SETS)
-
-
-class EUPruningBlock(_PrunerOptions):  # type: ignore[misc]  # made at run time
+class EUPruningBlock(_PrunerOptions):
     """The block `eu_pruning`: the options of `EUPruner`, and where scores and the report go."""
 
     mode: Literal["static", "dynamic"] = Field(
@@ -106,13 +105,12 @@ class EUPruningBlock(_PrunerOptions):  # type: ignore[misc]  # made at run time
     @model_validator(mode="after")
     def _check(self) -> EUPruningBlock:
         pruner = self.pruner(None)
-        needs_reference = "token_reference_error" in pruner.scores
         if self.mode == "dynamic":
             EUPruningCallback(pruner)
             for name in ("scorer_model", "reference_model", "cache_path", "report_path"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} is {getattr(self, name)!r}, which only mode static uses; leave it out.")
-        elif needs_reference != (self.reference_model is not None):
+        elif ("token_reference_error" in pruner.scores) != (self.reference_model is not None):
             raise ValueError(
                 f"token_strategy is {self.token_strategy!r} and reference_model {self.reference_model!r}; rho1 needs a "
                 "reference model, and nothing else does."

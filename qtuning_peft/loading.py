@@ -37,7 +37,7 @@ def load_model(
         )
         if dtype == "auto":
             arguments["dtype"] = compute
-    gguf = {"gguf_file": gguf_file} if gguf_file else {}
+    gguf: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     if (Path(name) / "adapter_config.json").is_file():
         model = AutoPeftModelForCausalLM.from_pretrained(name, **arguments, **gguf)
         has_tokenizer = (Path(name) / "tokenizer_config.json").is_file()

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -60,15 +60,19 @@ def one_sentence() -> Iterator[None]:
             raise typer.Exit(1) from error
 
 
+# By name: type, default and help.
+Options = dict[str, tuple[Any, Any, str]]
+
+
 class Command:
     """A function as a command whose `**options` are made whenever the command is: they list what is registered by then.
 
     Args:
         function: The function; its docstring is the command's help.
-        options: Makes what stands for `**options`: by name the type, the default and the help.
+        options: Makes what stands for `**options`.
     """
 
-    def __init__(self, function: Callable[..., None], options: Callable[[], dict[str, tuple[Any, Any, str]]]) -> None:
+    def __init__(self, function: Callable[..., None], options: Callable[[], Options]) -> None:
         update_wrapper(self, function)
         self.function, self.options = function, options
 
@@ -79,36 +83,25 @@ class Command:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        own = [
-            p for p in inspect.signature(self.function, eval_str=True).parameters.values() if p.kind != p.VAR_KEYWORD
-        ]
+        own = inspect.signature(self.function, eval_str=True).parameters.values()
+        keyword = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
         made = [
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=typer.Option(default, help=text), annotation=kind
-            )
-            for name, (kind, default, text) in self.options().items()
+            keyword(name, annotation=of_type, default=typer.Option(default, help=text))
+            for name, (of_type, default, text) in self.options().items()
         ]
-        return inspect.Signature([*own, *made])
+        return inspect.Signature([*(own_one for own_one in own if own_one.kind != own_one.VAR_KEYWORD), *made])
 
 
-def command(options: Callable[[], dict[str, tuple[Any, Any, str]]]) -> Callable[[Callable[..., None]], Command]:
-    """Decorator: make a [`Command`] of a function."""
-    return lambda function: Command(function, options)
-
-
-def score_options() -> dict[str, tuple[Any, Any, str]]:
+def score_options() -> Options:
     """The scores that can be added."""
     return {"score": (list[str], [], f"Score to add; repeatable. {SCORES.describe()}.")}
 
 
-def pruner_options() -> dict[str, tuple[Any, Any, str]]:
-    """The options of `EUPruner`, those that files have no use for excepted."""
+def pruner_options() -> Options:
+    """The options of `EUPruner`; `per_batch` has no use on files."""
     types = get_type_hints(EUPruner) | FROM_A_SHELL
-    return {
-        option.name: (types[option.name], option.default, help_of(option))
-        for option in fields(EUPruner)
-        if option.init and option.name != "per_batch"
-    }
+    chosen = [option for option in fields(EUPruner) if option.init and option.name != "per_batch"]
+    return {option.name: (types[option.name], option.default, help_of(option)) for option in chosen}
 
 
 def make_pruner(options: dict[str, Any]) -> EUPruner:
@@ -117,7 +110,6 @@ def make_pruner(options: dict[str, Any]) -> EUPruner:
     return EUPruner(**options | {"tokenizer": None if name is None else load_tokenizer(name)})
 
 
-@command(score_options)
 def score(
     data: Annotated[Path, typer.Argument(help="Data: .jsonl, .parquet, or a folder of save_to_disk.")],
     model: Annotated[str, typer.Argument(help="Model, or adapter: a folder, or a name on the Hub.")],
@@ -160,7 +152,6 @@ def score(
     console.print(f"{len(scored)} rows scored: {output}", highlight=False)
 
 
-@command(pruner_options)
 def prune(
     data: ScoredData,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the kept rows go.")],
@@ -176,7 +167,6 @@ def prune(
     console.print(f"{pruner.pruned}: {output}", highlight=False)
 
 
-@command(pruner_options)
 def plot(
     data: ScoredData,
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture (.png, .svg, .pdf) or report (.html).")],

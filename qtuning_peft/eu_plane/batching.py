@@ -106,7 +106,7 @@ def scores_of_hidden_states(base: Any, output: Any, labels: Tensor, names: Seque
 
 
 def scores_of_logits(logits: Tensor, targets: Tensor, names: Sequence[str] = PLANE) -> dict[str, Tensor]:
-    """Scores by name, each (tokens,), from logits (tokens, vocabulary), which are overwritten, and targets (tokens,)."""
+    """Scores by name, each (tokens,), of logits (tokens, vocabulary), which are overwritten, and targets (tokens,)."""
     predictions = Predictions(logits, targets)
     return {name: SCORES[name].of(predictions) for name in names}
 

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,11 +60,10 @@ def score(
     scorer = EUScorer(model, tokenizer, **settings)
     if isinstance(dataset, (IterableDataset, IterableDatasetDict)):
         return dataset.map(scorer, batched=True, batch_size=rows_per_part)
+    scored = partial(_score, scorer=scorer, resume_dir=resume_dir, rows_per_part=rows_per_part, progress=progress)
     if isinstance(dataset, DatasetDict):
-        return DatasetDict(
-            {name: _score(split, scorer, resume_dir, rows_per_part, progress) for name, split in dataset.items()}
-        )
-    return _score(dataset, scorer, resume_dir, rows_per_part, progress)
+        return DatasetDict({name: scored(split) for name, split in dataset.items()})
+    return scored(dataset)
 
 
 def prune(

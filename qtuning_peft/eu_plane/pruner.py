@@ -66,7 +66,9 @@ class EUPruner:
     token_strategy: str = _option("neighbours", "Which tokens of trimmed samples are kept.", TOKEN_STRATEGIES)
     neighbour_weight: float = _option(0.5, "Weight of a token's neighbours, 0 to 1, for token_strategy neighbours.")
     keep_tokens: str = _option("lowest", "Which end of the ranking of tokens is kept: lowest, or to compare highest.")
-    tokenizer: Any = _option(None, "Tokenizer of the model: its special tokens are never trimmed.")
+    tokenizer: Any = field(
+        default=None, metadata={"help": "Tokenizer of the model: its special tokens are never trimmed."}
+    )
     protect: str | Sequence[str] = _option(
         (), "Regular expressions for text that is never trimmed, such as '####.*'; needs the tokenizer."
     )

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 MOST_TOKENS, MOST_PROMPT = 400, 200
 # Token errors from which on the colour is one step stronger, nats.
 STEPS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+_ENVIRONMENT = Environment(loader=PackageLoader(__package__, ""), autoescape=True, keep_trailing_newline=True)
 MEANING = {
     "noise": "high error, high uncertainty",
     "misconception": "high error, low uncertainty",
@@ -90,7 +91,7 @@ def write_report(
                 "cards": [_card(scored[index], index, name, tokenizer, pruner) for index in chosen],
             }
         )  # fmt: skip
-    template = Environment(loader=PackageLoader(__package__, ""), autoescape=True).get_template("report.html.jinja")
+    template = _ENVIRONMENT.get_template("report.html.jinja")
     page = template.render(
         found=found, tiles=_tiles(found, pruner), notes=_notes(found, pruner), picture=_picture(scored, pruner),
         groups=groups, meaning=MEANING, colours=COLOURS, steps=STEPS, trims=pruner.token_ratio < 1,

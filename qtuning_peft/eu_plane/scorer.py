@@ -188,7 +188,7 @@ class EUScorer:
 
 
 def _stored(value: Any, unscored: bool) -> Any:
-    """A score as it goes into its column: a number in float64, numbers of tokens in float32; NaN, or none, if unscored."""
+    """A score as it is stored: a number in float64, those of tokens in float32; NaN, or none of them, if unscored."""
     value = np.asarray(value, np.float64)
     if value.ndim:
         return (value[:0] if unscored else value).astype(np.float32)

@@ -107,7 +107,7 @@ def token_score(name: str) -> Callable[[OfTokens], OfTokens]:
 
 
 def row_score(name: str) -> Callable[[OfRows], OfRows]:
-    """Decorator: register a score of rows: a number, or an array (supervised tokens,), for each. It is column `NAME`."""
+    """Decorator: register a score of rows, for each a number, or an array (supervised tokens,), as column `NAME`."""
 
     def register(of: OfRows) -> OfRows:
         SCORES.add(name, Score(of, per_token=False), of.__doc__)

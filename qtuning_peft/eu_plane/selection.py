@@ -59,7 +59,7 @@ class SampleStrategy(ABC):
 
     Attributes:
         columns: Columns of the data that it reads; those that a score provides are computed for it.
-        quadrants: What it may say of a row.
+        quadrants: What it may say of a row: quadrants of the plane, or `kept` and `dropped`.
     """
 
     columns: ClassVar[tuple[str, ...]] = ()
