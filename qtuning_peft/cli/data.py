@@ -26,7 +26,7 @@ from ..eu_plane.files import check_output, read_data, write_data
 from ..eu_plane.plot import plot_plane
 from ..eu_plane.pruner import EUPruner
 from ..eu_plane.report import write_report
-from ..eu_plane.scores import SCORES
+from ..eu_plane.scores import ALWAYS, SCORES
 from ..loading import load_model, load_tokenizer
 from ..registry import help_of
 
@@ -94,7 +94,8 @@ class Command:
 
 def score_options() -> Options:
     """The scores that can be added."""
-    return {"score": (list[str], [], f"Score to add; repeatable. {SCORES.describe()}.")}
+    listed = "; ".join(f"{name}: {SCORES.help_of(name)}" for name in SCORES if name not in ALWAYS)
+    return {"score": (list[str], [], f"Score to add; repeatable. {listed}.")}
 
 
 def pruner_options() -> Options:

@@ -181,5 +181,5 @@ def _lines(axes: Axes, thresholds: Thresholds) -> None:
             axes.text(end, error, error_name, transform=axes.get_yaxis_transform(), ha=first, va=upper, **text)
         if np.isfinite(uncertainty):
             axes.axvline(uncertainty, **line)
-            name = {"transform": axes.get_xaxis_transform(), "ha": second, "va": lower}
+            name: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "ha": second, "va": lower}
             axes.text(uncertainty, end, uncertainty_name, **name, **text)

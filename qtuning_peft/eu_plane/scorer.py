@@ -83,8 +83,8 @@ class EUScorer:
         self.vocabulary: int = base.get_input_embeddings().weight.shape[0]
         self.max_length = max_length or getattr(base.config.get_text_config(), "max_position_embeddings", None)
         self.tokens_per_batch = tokens_per_batch
-        asked = {*ALWAYS, *scores, *([REFERENCE] if reference_model is not None else [])}
-        self.scores = [name for name in SCORES if name in asked]
+        wanted = {*ALWAYS, *scores, *([REFERENCE] if reference_model is not None else [])}
+        self.scores = [name for name in SCORES if name in wanted]
         # Called with the number of rows finished, for a progress bar finer than `map`'s.
         self.on_progress: Callable[[int], None] | None = None
 

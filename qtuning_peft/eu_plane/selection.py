@@ -25,7 +25,7 @@ from .quadrants import CALIBRATION, MISCONCEPTION
 if TYPE_CHECKING:
     from .pruner import EUPruner
 
-# Beside the quadrants: what most strategies say of a row, and rows that no strategy is asked about.
+# Beside the quadrants: what most strategies say of a row, and rows that no strategy judges.
 KEPT, DROPPED, DEGENERATE, UNSCORED = "kept", "dropped", "degenerate", "unscored"
 KEEP = (MISCONCEPTION, CALIBRATION, KEPT)
 TRIM = (MISCONCEPTION, KEPT)
