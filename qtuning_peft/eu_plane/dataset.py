@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -110,20 +108,24 @@ def _score(
     dataset = dataset.with_format(None)
     fingerprint = scorer.fingerprint()
     parts = []
-    with (
-        part_folder(resume_dir) as folder,
-        tqdm(total=len(dataset), desc="Scoring", unit=" rows", disable=not progress) as bar,
-    ):
+    bar = tqdm(total=len(dataset), desc="Scoring", unit=" rows", disable=not progress)
+    with bar, tempfile.TemporaryDirectory() as temporary:
+        folder = Path(resume_dir or temporary)
+        if folder.is_file():
+            raise ValueError(f"resume_dir is {folder}, which is a file; name a folder.")
+        folder.mkdir(parents=True, exist_ok=True)
         for start in range(0, len(dataset), rows_per_part):
             indices = range(start, min(start + rows_per_part, len(dataset)))
             rows = dataset[indices.start : indices.stop]
             file = folder / f"{Hasher.hash([fingerprint, rows])}.arrow"
-            part = read(file, len(indices))
+            part = _read(file, len(indices))
             if part is None:
                 scorer.on_progress = bar.update
                 part = Dataset.from_dict(scorer(rows, indices))
                 scorer.on_progress = None
-                write(part, file)
+                table = part.data.table
+                with replacing(file) as unfinished, pa.ipc.new_stream(str(unfinished), table.schema) as writer:
+                    writer.write_table(table)
             else:
                 bar.set_postfix_str("resumed")
             # Rows that were not run, or as several samples.
@@ -135,18 +137,7 @@ def _score(
     return concatenate_datasets([dataset.select_columns(others), scores], axis=1) if others else scores
 
 
-@contextmanager
-def part_folder(resume_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
-    """Folder for finished parts: `resume_dir`, or one that goes away."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(resume_dir or temporary)
-        if folder.is_file():
-            raise ValueError(f"resume_dir is {folder}, which is a file; name a folder.")
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder
-
-
-def read(file: Path, rows: int) -> Dataset | None:
+def _read(file: Path, rows: int) -> Dataset | None:
     """The finished part in `file`, if there is a whole one."""
     try:
         # In memory, as `datasets` would otherwise keep its caches in that folder, which may be deleted.
@@ -154,14 +145,3 @@ def read(file: Path, rows: int) -> Dataset | None:
     except (OSError, pa.ArrowInvalid):
         return None
     return part if len(part) == rows and {"error", "labels", "unscored"} <= {*part.column_names} else None
-
-
-def write(part: Dataset, file: Path) -> None:
-    """Write `part` to `file`, which appears when it is complete."""
-    table = part.data.table
-    with (
-        replacing(file) as unfinished,
-        pa.OSFile(str(unfinished), "wb") as sink,
-        pa.ipc.new_stream(sink, table.schema) as writer,
-    ):
-        writer.write_table(table)

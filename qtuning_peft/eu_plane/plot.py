@@ -36,7 +36,7 @@ COLOURS = {
     UNSCORED: "#bdbdbd",
 }
 INK = "#24292f"
-STYLE = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK) | {
+STYLE: dict[Any, Any] = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK) | {
     "axes.spines.top": False, "axes.spines.right": False
 }  # fmt: skip
 FORMATS = (".png", ".svg", ".pdf")
