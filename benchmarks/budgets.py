@@ -20,7 +20,7 @@ RATIOS = (0.125, 0.25, 0.5, 0.75)
 def main() -> None:
     """Prune at every ratio, and write results and a table."""
     model, tokenizer = smollm2()
-    options = {"resume_dir": HERE / "results" / "parts", "rows_per_part": 64, "el2n": True, "ifd": True}
+    options = {"resume_dir": HERE / "results" / "parts", "rows_per_part": 64, "scores": ("el2n", "ifd")}
     scored = score(gsm8k("train", 0, TRAIN_ROWS), model, tokenizer, **options)
     results = []
     for ratio in RATIOS:
@@ -31,7 +31,7 @@ def main() -> None:
                 "source": "GSM8K", "samples": len(scored), "sample_ratio": ratio, "kept": len(kept),
                 "target": pruner.pruned.target_samples, "counts": pruner.pruned.counts,
                 "kept_tokens": sum(kept["supervised_tokens"]), "tokens": pruner.pruned.tokens,
-                "quantile": pruner.cuts[None].thresholds.quantile, "correlation": pruner.pruned.correlation,
+                "quantile": pruner.fitted.thresholds.quantile, "correlation": pruner.pruned.correlation,
                 "model": "SmolLM2-135M-Instruct, NF4", "environment": environment(),
             }
         )  # fmt: skip

@@ -101,7 +101,7 @@ def main() -> None:
 
     def scored(data: list[dict[str, str]]) -> Dataset:
         options = {"resume_dir": HERE / "results" / "parts", "rows_per_part": 64}
-        return score(Dataset.from_list(data), model, tokenizer, el2n=True, ifd=True, **options)
+        return score(Dataset.from_list(data), model, tokenizer, scores=("el2n", "ifd"), **options)
 
     results = []
     for source, (data, changed, replaced) in corrupted_sets().items():

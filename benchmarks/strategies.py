@@ -185,7 +185,7 @@ def main() -> None:
     """Run what has not run yet, and print the table."""
     base, tokenizer = smollm2()
     parts = {"resume_dir": HERE / "results" / "parts", "rows_per_part": 64}
-    scored = score(gsm8k("train", 0, TRAIN_ROWS), base, tokenizer, el2n=True, ifd=True, **parts)
+    scored = score(gsm8k("train", 0, TRAIN_ROWS), base, tokenizer, scores=("el2n", "ifd"), **parts)
     encoder = RowEncoder(tokenizer)
 
     def encoded(split: str, start: int, stop: int) -> Dataset:

@@ -25,9 +25,9 @@ from benchmarks import rows
 from benchmarks.common import HERE, environment, smollm2
 from benchmarks.document import markdown
 from qtuning_peft.demo.gsm8k import read_rows
-from qtuning_peft.eu_plane.batching import Piece, batches, right_padded
+from qtuning_peft.eu_plane.batching import batches, right_padded, token_scores
 from qtuning_peft.eu_plane.rows import RowEncoder
-from qtuning_peft.eu_plane.scores import token_scores
+from qtuning_peft.eu_plane.tokenized import Sample
 
 TOKENS_PER_BATCH, ROWS, ROUNDS = 2048, 16, 3
 
@@ -46,7 +46,7 @@ def loads(tokenizer: Any) -> dict[str, list[Any]]:
         "all tokens": [[-100, *row.input_ids[1:]] for row in encoded],
     }
     return {
-        name: [right_padded([Piece(i, encoded[i].input_ids, of[i]) for i in part], device) for part in parts]
+        name: [right_padded([Sample(i, encoded[i].input_ids, of[i]) for i in part], device) for part in parts]
         for name, of in labels.items()
     }
 

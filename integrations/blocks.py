@@ -6,7 +6,10 @@ wrong key or value fails while the file is read, naming the field.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import Field as Option
 from dataclasses import fields
+from functools import partial
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from peft import PeftConfig
@@ -14,44 +17,51 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from transformers import TrainerCallback
 
 from qtuning_peft.eu_plane import EUPruner, EUPruningCallback
+from qtuning_peft.registry import Registry, help_of
 from qtuning_peft.side_tuning import SideTuningConfig
 from qtuning_peft.trainer import HiddenStateCacheCallback
 
 Block = TypeVar("Block", bound=BaseModel)
 
 
-class _Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=False)
+def _options_of(config: type, without: Collection[str]) -> Any:
+    """A pydantic model with the fields of a dataclass, those of `without` excepted."""
+    types = get_type_hints(config)
+    own: dict[str, Any] = {
+        option.name: (types[option.name], Field(default=option.default, json_schema_extra=partial(_describe, option)))
+        for option in fields(config)
+        if option.init and option.name not in without
+    }
+    return create_model(config.__name__, __config__=ConfigDict(extra="forbid", validate_default=False), **own)
 
 
-class _QSTBlock(_Block):
+def _describe(option: Option[Any], schema: dict[str, Any]) -> None:
+    """Add an option's help to its JSON schema, with the choices that are registered when the schema is made."""
+    schema["description"] = help_of(option)
+    if isinstance(choices := option.metadata.get("choices"), Registry):
+        schema["enum"] = [*choices]
+
+
+_AdapterOptions: Any = _options_of(SideTuningConfig, {field.name for field in fields(PeftConfig)})
+# The others have no use on rows that a trainer has tokenized.
+_PrunerOptions: Any = _options_of(EUPruner, ("tokenizer", "per_batch", "keep_dropped"))
+
+
+class QSTBlock(_AdapterOptions):
+    """The block `qst`: a `SideTuningConfig`."""
+
     @model_validator(mode="after")
-    def _check(self) -> _QSTBlock:
+    def _check(self) -> QSTBlock:
         self.peft_config()
         return self
 
     def peft_config(self, task_type: str = "CAUSAL_LM") -> SideTuningConfig:
         """The PEFT configuration that this block describes."""
-        of_adapter = {field.name for field in fields(SideTuningConfig)}
-        return SideTuningConfig(**self.model_dump(exclude_unset=True, include=of_adapter), task_type=task_type)
+        options = self.model_dump(exclude_unset=True, include={*_AdapterOptions.model_fields})
+        return SideTuningConfig(**options, task_type=task_type)
 
 
-def _qst_block() -> type[_QSTBlock]:
-    """A model with every field of `SideTuningConfig` that PEFT's own base class does not have."""
-    inherited = {field.name for field in fields(PeftConfig)}
-    types = get_type_hints(SideTuningConfig)
-    own: dict[str, Any] = {
-        field.name: (types[field.name], Field(default=field.default, description=field.metadata["help"]))
-        for field in fields(SideTuningConfig)
-        if field.name not in inherited
-    }
-    return create_model("QSTBlock", __base__=_QSTBlock, __doc__="The block `qst`: a `SideTuningConfig`.", **own)
-
-
-QSTBlock = _qst_block()
-
-
-class QSTTrainingBlock(QSTBlock):  # type: ignore[misc,valid-type]  # its base is made at run time
+class QSTTrainingBlock(QSTBlock):
     """The block `qst` where callbacks can be added to the trainer: also what to keep from epoch to epoch."""
 
     hidden_state_cache_gib: float | None = Field(
@@ -66,38 +76,14 @@ class QSTTrainingBlock(QSTBlock):  # type: ignore[misc,valid-type]  # its base i
         return [] if self.hidden_state_cache_gib is None else [HiddenStateCacheCallback(self.hidden_state_cache_gib)]
 
 
-class EUPruningBlock(_Block):
-    """The block `eu_pruning`: what to keep of the training data, and where scores and the report go."""
+class EUPruningBlock(_PrunerOptions):
+    """The block `eu_pruning`: the options of `EUPruner`, and where scores and the report go."""
 
     mode: Literal["static", "dynamic"] = Field(
         default="static",
         description="static: the whole data set is scored once, before training, and pruned by thresholds for all of "
         "it. dynamic: every mini-batch is scored and pruned under the model as it is then, as published.",
     )
-    sample_ratio: float | None = Field(default=None, description="Share of the samples to keep, in (0, 1].")
-    num_samples: int | None = Field(default=None, description="Number of samples to keep, instead of a share.")
-    num_tokens: int | None = Field(default=None, description="Number of supervised tokens to keep, instead of a share.")
-    token_ratio: float = Field(
-        default=1.0, description="Share of the supervised tokens to keep in misconceptions, in (0, 1]."
-    )
-    strategy: str = Field(
-        default="eu_plane",
-        description="eu_plane, or to compare: random, longest, highest_perplexity, lowest_perplexity, entropy, el2n, "
-        "infobatch, ifd.",
-    )
-    token_strategy: str = Field(default="neighbours", description="neighbours, random, or rho1.")
-    neighbour_weight: float = Field(default=0.5, description="Weight of a token's neighbours, 0 to 1.")
-    keep_tokens: str = Field(default="lowest", description="Which end of the tokens' ranking stays: lowest or highest.")
-    remove_tokens: bool = Field(
-        default=False, description="Take trimmed tokens out of the input instead of masking them from the loss."
-    )
-    protect: str | list[str] = Field(
-        default_factory=list, description="Regular expressions for text that is never trimmed, such as '####.*'."
-    )
-    max_repetition: float | None = Field(
-        default=None, description="Drop rows that repeat themselves more than this, 0 to 1, as degenerate."
-    )
-    seed: int = Field(default=0, description="Seed for strategies that draw.")
     scorer_model: str | None = Field(
         default=None,
         description="Model that scores, a folder or a name on the Hub; must share the base's tokenizer. Default: the "
@@ -124,7 +110,7 @@ class EUPruningBlock(_Block):
             for name in ("scorer_model", "reference_model", "cache_path", "report_path"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} is {getattr(self, name)!r}, which only mode static uses; leave it out.")
-        elif (self.token_strategy == "rho1") != (self.reference_model is not None):
+        elif ("token_reference_error" in pruner.scores) != (self.reference_model is not None):
             raise ValueError(
                 f"token_strategy is {self.token_strategy!r} and reference_model {self.reference_model!r}; rho1 needs a "
                 "reference model, and nothing else does."
@@ -137,9 +123,8 @@ class EUPruningBlock(_Block):
         Args:
             tokenizer: The model's tokenizer; without it nothing is protected from trimming.
         """
-        elsewhere = {"mode", "scorer_model", "reference_model", "tokens_per_batch", "cache_path", "report_path"}
-        arguments = self.model_dump(exclude=elsewhere | (set() if tokenizer is not None else {"protect"}))
-        return EUPruner(**arguments, tokenizer=tokenizer)
+        names = {*_PrunerOptions.model_fields} - ({"protect"} if tokenizer is None else set())
+        return EUPruner(**self.model_dump(include=names), tokenizer=tokenizer)
 
 
 def read_block(name: str, kind: type[Block], content: Any) -> Block:

@@ -16,9 +16,9 @@ from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from torch import nn
 
-from qtuning_peft.cli.data import load_model
 from qtuning_peft.eu_plane import EUPruner, score
 from qtuning_peft.eu_plane.report import write_report
+from qtuning_peft.loading import load_model
 
 from .blocks import EUPruningBlock
 
@@ -63,12 +63,12 @@ def prune_training_data(
         reference = None
         if block.reference_model:
             reference = stack.enter_context(_scorer(model, block.reference_model))
+        pruner = block.pruner(tokenizer)
         scored = score(
             rows, scorer, tokenizer, resume_dir=block.cache_path or cache_path, progress=state.is_main_process,
-            tokens_per_batch=block.tokens_per_batch, el2n=block.strategy == "el2n", ifd=block.strategy == "ifd",
-            reference_model=reference,
+            tokens_per_batch=block.tokens_per_batch, scores=pruner.scores, reference_model=reference,
         )  # fmt: skip
-    pruner = block.pruner(tokenizer).fit(scored)
+    pruner.fit(scored)
     if state.is_main_process:
         log(f"eu_pruning {pruner.pruned}")
         log(_report(scored, tokenizer, pruner, Path(block.report_path or report_path)))
@@ -76,16 +76,9 @@ def prune_training_data(
     if not pruner.pruned.kept_samples:
         raise ValueError(f"eu_pruning keeps none of {len(dataset)} samples; raise its budget.")
     others = [name for name in dataset.column_names if name not in rows.column_names]
-    kept = _joined(scored, dataset.select_columns(others)).map(
-        pruner, batched=True, keep_in_memory=True, load_from_cache_file=False, desc="Pruning"
-    )
-    if block.remove_tokens and "length" in kept.column_names:
-        kept = kept.map(lambda row: {"length": len(row["input_ids"])}, keep_in_memory=True, load_from_cache_file=False)
+    joined = concatenate_datasets([scored, dataset.select_columns(others)], axis=1) if others else scored
+    kept = joined.map(pruner, batched=True, keep_in_memory=True, load_from_cache_file=False, desc="Pruning")
     return kept.select_columns(dataset.column_names)
-
-
-def _joined(scored: Dataset, others: Dataset) -> Dataset:
-    return concatenate_datasets([scored, others], axis=1) if others.column_names else scored
 
 
 @contextlib.contextmanager
@@ -96,7 +89,7 @@ def _scorer(model: nn.Module, name: str | None) -> Iterator[nn.Module]:
             yield model
         return
     # Weights that the trainer does not hold: beside them on the device, and gone afterwards.
-    loaded, _ = load_model(name, bool(getattr(model, "is_loaded_in_4bit", False)), None, "auto")
+    loaded, _ = load_model(name, load_in_4bit=bool(getattr(model, "is_loaded_in_4bit", False)))
     try:
         yield loaded
     finally:

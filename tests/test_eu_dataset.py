@@ -92,7 +92,7 @@ def test_parts_of_other_data_models_and_settings_are_not_taken(tmp_path: Path) -
         score(data, get_peft_model(tiny(), LoraConfig(init_lora_weights=False)), tokenizer, **options),
     ):
         assert changed["error"][0] != first["error"][0]
-    assert "el2n" in score(data, tiny(), tokenizer, el2n=True, **options).column_names
+    assert "el2n" in score(data, tiny(), tokenizer, scores=("el2n",), **options).column_names
 
 
 def test_a_killed_process_loses_at_most_one_part(tmp_path: Path, checkpoint: Path) -> None:
@@ -208,13 +208,16 @@ def test_what_killed_processes_left_is_cleared_away(tmp_path: Path) -> None:
     data = Dataset.from_list(rows(3))
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    (tmp_path / f".data.{dead.pid}.tmp.jsonl").write_text("half")
-    (tmp_path / ".data.mine.tmp.jsonl").write_text("mine")
+    left = tmp_path / f".data.jsonl.{dead.pid}.x8_4abcd"
+    left.mkdir()
+    (left / "data.jsonl").write_text("half")
+    (tmp_path / ".data.jsonl.mine").write_text("mine")
     write_data(data, tmp_path / "data.jsonl")
-    assert sorted(file.name for file in tmp_path.iterdir()) == [".data.mine.tmp.jsonl", "data.jsonl"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".data.jsonl.mine", "data.jsonl"]
     # Killed between putting a folder aside and the new one in its place.
     write_data(data, tmp_path / "folder")
-    (tmp_path / "folder").rename(tmp_path / f".folder.{dead.pid}.old")
+    (tmp_path / f".folder.{dead.pid}.x8_4abcd").mkdir()
+    (tmp_path / "folder").rename(tmp_path / f".folder.{dead.pid}.x8_4abcd" / "former")
     with pytest.raises(ZeroDivisionError), replacing(tmp_path / "folder"):
         raise ZeroDivisionError
     assert read_data(tmp_path / "folder").to_list() == data.to_list()
@@ -255,7 +258,7 @@ def run(*arguments: str | Path) -> Any:
 def test_commands_score_prune_and_plot(tmp_path: Path, checkpoint: Path) -> None:
     write_data(Dataset.from_list(rows(40)), tmp_path / "rows.jsonl")
     scored, kept = tmp_path / "scored.parquet", tmp_path / "kept.jsonl"
-    result = run("score", tmp_path / "rows.jsonl", checkpoint, "-o", scored, "--no-chat-template", "--el2n")
+    result = run("score", tmp_path / "rows.jsonl", checkpoint, "-o", scored, "--no-chat-template", "--score", "el2n")
     assert result.exit_code == 0, result.stderr
     assert "el2n" in read_data(scored).column_names
     assert not (tmp_path / "scored.parquet.parts").exists()

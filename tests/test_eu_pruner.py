@@ -11,8 +11,8 @@ from conftest import word_tokenizer
 from datasets import Dataset
 
 from qtuning_peft import EUPruner
-from qtuning_peft.eu_plane.repetition import repetition
-from qtuning_peft.eu_plane.strategies import SAMPLE_STRATEGIES
+from qtuning_peft.eu_plane.scores import repeated
+from qtuning_peft.eu_plane.selection import SAMPLE_STRATEGIES
 from qtuning_peft.eu_plane.tokens import keep_lowest, neighbour_scores, pieces_of, protected_tokens
 
 KEPT = ("misconception", "calibration", "kept")
@@ -52,7 +52,7 @@ def supervised(row: dict[str, Any]) -> list[int]:
 
 
 @pytest.mark.parametrize("ratio", [0.125, 0.25, 0.5, 0.75])
-@pytest.mark.parametrize("strategy", ["eu_plane", *SAMPLE_STRATEGIES])
+@pytest.mark.parametrize("strategy", [*SAMPLE_STRATEGIES])
 def test_share_of_samples_is_met(strategy: str, ratio: float) -> None:
     scored = scored_data(41)
     if strategy == "longest":
@@ -78,17 +78,6 @@ def test_budget_of_tokens_is_met_to_one_sample(strategy: str, token_ratio: float
 def test_number_of_samples_is_met() -> None:
     assert EUPruner(num_samples=11).fit(scored_data()).pruned.kept_samples == 11
     assert EUPruner(num_samples=1000).fit(scored_data()).pruned.kept_samples == 40
-
-
-def test_strata_each_meet_the_share() -> None:
-    scored = scored_data(60)
-    kept = scored.map(EUPruner(sample_ratio=0.3, stratum_column="group").fit(scored), batched=True)
-    assert {group: kept["group"][:].count(group) for group in "abc"} == dict.fromkeys("abc", 6)
-    uneven = scored.select([*range(0, 60, 3), 1, 2, 5])
-    pruner = EUPruner(sample_ratio=0.5, stratum_column="group").fit(uneven)
-    assert pruner.pruned.kept_samples == 12
-    with pytest.raises(ValueError, match="group is 'c' in a row, a value that fit has not seen"):
-        EUPruner(sample_ratio=0.5, stratum_column="group").fit(scored.select([0, 1, 3, 4])).quadrants(scored)
 
 
 def test_kept_rows_are_whole_or_trimmed_misconceptions() -> None:
@@ -153,21 +142,12 @@ def test_something_is_always_kept(strategy: str) -> None:
 
 @pytest.mark.parametrize("kind", ["numpy", "torch", "pandas"])
 def test_formatted_data_is_pruned_alike(kind: str) -> None:
-    scored = scored_data().add_column("number", [index % 2 for index in range(40)])
-    options = {"sample_ratio": 0.5, "token_ratio": 0.5, "stratum_column": "number"}
+    scored, options = scored_data(), {"sample_ratio": 0.5, "token_ratio": 0.5}
     expected = scored.map(EUPruner(**options).fit(scored), batched=True)
     formatted = scored.with_format(kind)
     kept = formatted.map(EUPruner(**options).fit(formatted), batched=True).with_format(None)
     assert kept["labels"][:] == expected["labels"][:]
     assert kept["token_error"][:] == expected["token_error"][:]
-
-
-def test_rows_without_a_stratum_are_one() -> None:
-    scored = scored_data(40).add_column("score", [float("nan"), 1.0] * 20)
-    kept = scored.map(EUPruner(sample_ratio=0.5, stratum_column="score").fit(scored), batched=True)
-    assert np.isnan(kept["score"]).sum() == 10
-    with pytest.raises(ValueError, match="input_ids is a list in row 0"):
-        EUPruner(sample_ratio=0.5, stratum_column="input_ids").fit(scored)
 
 
 def test_a_batch_without_scores_keeps_nothing() -> None:
@@ -191,25 +171,6 @@ def test_rho1_keeps_the_highest_excess_error() -> None:
     row |= {"token_error": [3.0, 3.0, 1.0], "token_reference_error": [2.9, 1.0, 2.0]}
     kept = EUPruner(sample_ratio=1, token_ratio=0.34, token_strategy="rho1").kept_tokens(row)
     assert kept.tolist() == [False, True, False]
-
-
-def test_removed_tokens_leave_the_input_and_positions_are_counted_anew() -> None:
-    row = {
-        "input_ids": [1, 2, 3, 4, 5, 6],
-        "labels": [-100, 2, 3, -100, 5, 6],
-        "position_ids": [0, 1, 2, 0, 1, 2],
-        "seq_lengths": [3, 3],
-        "attention_mask": [1] * 6,
-        "token_error": [9.0, 0.1, 0.1, 9.0],
-        "supervised_tokens": 4,
-    }
-    trimmed = EUPruner(sample_ratio=1, token_ratio=0.5, neighbour_weight=0, remove_tokens=True).trim(row)
-    assert trimmed["input_ids"] == [1, 3, 4, 5]
-    assert trimmed["labels"] == [-100, 3, -100, 5]
-    assert trimmed["position_ids"] == [0, 1, 0, 1]
-    assert trimmed["seq_lengths"] == [2, 2]
-    assert trimmed["attention_mask"] == [1] * 4
-    assert trimmed["supervised_tokens"] == 2
 
 
 def test_pruning_per_batch_needs_no_fit() -> None:
@@ -275,9 +236,9 @@ def test_correlation_is_that_of_ranks() -> None:
 
 
 def test_repetition_is_the_share_of_repeated_four_grams() -> None:
-    assert repetition([1, 2, 3, 4, 5, 6, 7, 8]) == 0
-    assert repetition([1, 2, 3, 4]) == repetition([]) == 0
-    assert repetition([1, 2] * 10) == pytest.approx(1 - 2 / 17)
+    assert repeated([1, 2, 3, 4, 5, 6, 7, 8]) == 0
+    assert repeated([1, 2, 3, 4]) == repeated([]) == 0
+    assert repeated([1, 2] * 10) == pytest.approx(1 - 2 / 17)
 
 
 def test_pieces_put_together_are_the_text() -> None:
@@ -311,7 +272,6 @@ def test_pieces_put_together_are_the_text() -> None:
         ({"sample_ratio": 0.5, "neighbour_weight": 2}, "neighbour_weight is 2"),
         ({"sample_ratio": 0.5, "protect": "x"}, "tokenizer is None"),
         ({"sample_ratio": 0.5, "protect": "("}, "no regular expression"),
-        ({"num_tokens": 5, "stratum_column": "group"}, "stratum_column is given without sample_ratio"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(options: dict[str, Any], sentence: str) -> None:
@@ -324,7 +284,7 @@ def test_wrong_data_is_one_sentence() -> None:
     scored = scored_data(5)
     with pytest.raises(ValueError, match="no column error; score the data"):
         EUPruner(sample_ratio=0.5).fit(scored.remove_columns("error"))
-    with pytest.raises(ValueError, match="ifd=True"):
+    with pytest.raises(ValueError, match=r"no column ifd; score the data with EUScorer and scores=\('ifd',\)"):
         EUPruner(sample_ratio=0.5, strategy="ifd").fit(scored.remove_columns("ifd"))
     with pytest.raises(ValueError, match="The data is empty"):
         EUPruner(sample_ratio=0.5).fit(scored.select([]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -63,23 +62,12 @@ def expected_tokens(errors: list[float], ratio: float, weight: float, protected:
     return [protected[i] or i in free[: max(0, room)] for i in range(count)]
 
 
-def shares(sizes: dict[str, int], total: int) -> dict[str, int]:
-    """`total` over strata in proportion to their sizes, by largest remainder."""
-    exact = {name: total * size / sum(sizes.values()) for name, size in sizes.items()}
-    found = {name: math.floor(share) for name, share in exact.items()}
-    for name in sorted(exact, key=lambda name: found[name] - exact[name])[: total - sum(found.values())]:
-        found[name] += 1
-    return found
-
-
 def scored_rows(count: int, correlation: float, draw: np.random.Generator) -> Rows:
     """`count` rows as a scorer leaves them; equal tokens within a row are common, equal rows are not."""
     first = draw.normal(size=count)
     second = correlation * first + math.sqrt(1 - correlation**2) * draw.normal(size=count)
     rows: Rows = {
         "id": list(range(count)),
-        # Sorted, so that the first of equals is first in any order.
-        "group": sorted(draw.choice(list("abc"), count, p=[0.6, 0.3, 0.1]).tolist()),
         "error": np.exp(first).tolist(),
         "uncertainty": np.exp(second).tolist(),
     }
@@ -163,19 +151,10 @@ def test_at_a_tie_more_is_kept_and_a_limit_is_no_excess(strategy: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_strata_and_batches_are_the_reference(seed: int) -> None:
+def test_batches_are_the_reference(seed: int) -> None:
     draw = np.random.default_rng(seed)
     count, ratio = int(draw.integers(3, 61)), float(draw.choice([0.1, 0.25, 0.5, 0.8]))
     rows = scored_rows(count, 0.5, draw)
-    names = [""] * count
-    for group, budget in shares(Counter(rows["group"]), max(1, math.floor(count * ratio + 0.5))).items():
-        members = [i for i in range(count) if rows["group"][i] == group]
-        found = expected_quadrants(*([rows[c][i] for i in members] for c in ("error", "uncertainty")), budget)
-        for i, name in zip(members, found, strict=True):
-            names[i] = name
-    pruner = EUPruner(sample_ratio=ratio, token_ratio=0.5, stratum_column="group").fit(rows)
-    check(rows, names, pruner, pruner(rows))
-
     per_batch = EUPruner(sample_ratio=ratio, token_ratio=0.5, per_batch=True)
     for start in range(0, count, 7):
         batch = {name: values[start : start + 7] for name, values in rows.items()}

@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from qtuning_peft import EUScorer, SideTuningConfig, score
-from qtuning_peft.eu_plane import scores as scores_module
+from qtuning_peft.eu_plane import batching
+from qtuning_peft.eu_plane.batching import token_scores
 from qtuning_peft.eu_plane.fingerprint import stable
-from qtuning_peft.eu_plane.scores import token_scores
 
 SCORES = ("error", "uncertainty", "el2n", "ifd", "supervised_tokens")
 
@@ -66,7 +66,7 @@ def with_scaled_or_capped_logits() -> list[PreTrainedModel]:
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "qwen3_moe"])
 def test_scores_are_their_definition(family: str) -> None:
     model, rows = tiny(family).double(), rows_of_tokens()
-    scored = EUScorer(model, el2n=True)(rows)
+    scored = EUScorer(model, scores=("el2n",))(rows)
     for index, (row, labels) in enumerate(zip(rows["input_ids"], rows["labels"], strict=True)):
         error, uncertainty, el2n = by_definition(model, row, labels)
         assert scored["error"][index] == pytest.approx(error.mean(), abs=1e-9)
@@ -98,9 +98,9 @@ def test_mixture_of_experts_is_scored() -> None:
 @pytest.mark.parametrize("tokens_per_batch", [1, 16, 40, 10_000])
 def test_batches_do_not_matter(tokens_per_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = tiny().double(), rows_of_tokens(20)
-    expected = EUScorer(model, el2n=True, ifd=True)(rows)
-    monkeypatch.setitem(scores_module.CHUNK_ELEMENTS, "cpu", 7 * 100)
-    scored = EUScorer(model, el2n=True, ifd=True, tokens_per_batch=tokens_per_batch)(rows)
+    expected = EUScorer(model, scores=("el2n", "ifd"))(rows)
+    monkeypatch.setitem(batching.CHUNK_ELEMENTS, "cpu", 7 * 100)
+    scored = EUScorer(model, scores=("el2n", "ifd"), tokens_per_batch=tokens_per_batch)(rows)
     for name in SCORES:
         np.testing.assert_allclose(scored[name], expected[name], atol=1e-9, rtol=0)
 
@@ -150,7 +150,7 @@ def test_first_token_of_every_packed_sample_is_predicted_by_nothing() -> None:
 
 def test_ifd_compares_with_the_answer_alone() -> None:
     model, rows = tiny().double(), rows_of_tokens(4)
-    scored = EUScorer(model, ifd=True)(rows)
+    scored = EUScorer(model, scores=("ifd",))(rows)
     for index, row in enumerate(rows["input_ids"]):
         answer = row[3:]
         alone = by_definition(model, answer, [-100, *answer[1:]])[0]
@@ -200,15 +200,15 @@ def test_model_is_left_as_it_was() -> None:
 
 def test_logits_of_a_batch_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     largest = 0
-    original = scores_module.scores_of_logits
+    original = batching.scores_of_logits
 
     def watched(logits: torch.Tensor, *args: object) -> object:
         nonlocal largest
         largest = max(largest, logits.numel())
         return original(logits, *args)
 
-    monkeypatch.setattr(scores_module, "scores_of_logits", watched)
-    monkeypatch.setitem(scores_module.CHUNK_ELEMENTS, "cpu", 500)
+    monkeypatch.setattr(batching, "scores_of_logits", watched)
+    monkeypatch.setitem(batching.CHUNK_ELEMENTS, "cpu", 500)
     input_ids = token_ids(8, 30)
     token_scores(tiny(), input_ids, None, input_ids)
     assert largest == 500
@@ -218,8 +218,8 @@ def test_sixteen_bit_logits_are_widened() -> None:
     logits = torch.randn(5, 50, dtype=torch.bfloat16) * 4
     targets = torch.arange(5)
     expected = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
-    scores = scores_module.scores_of_logits(logits.clone(), targets)
-    torch.testing.assert_close(scores.error.double(), expected, atol=1e-6, rtol=0)
+    scores = batching.scores_of_logits(logits.clone(), targets)
+    torch.testing.assert_close(scores["error"].double(), expected, atol=1e-6, rtol=0)
 
 
 def test_rows_that_cannot_be_scored_are_named(recwarn: pytest.WarningsRecorder) -> None:
@@ -229,7 +229,7 @@ def test_rows_that_cannot_be_scored_are_named(recwarn: pytest.WarningsRecorder) 
         "labels": [good["labels"][0], [], [-100] * 3, [5] * 40, [5, 100, 6], [5, 6], [4, 5, 6]],
         "attention_mask": [None, None, None, None, None, None, [1, 0, 1]],
     }
-    scored = EUScorer(tiny(), max_length=30, ifd=True, el2n=True)(rows, indices=range(10, 17))
+    scored = EUScorer(tiny(), max_length=30, scores=("el2n", "ifd"))(rows, indices=range(10, 17))
     assert [bool(reason) for reason in scored["unscored"]] == [False] + [True] * 6
     for reason, part in zip(
         scored["unscored"][1:],
@@ -294,7 +294,7 @@ def test_fingerprint_follows_the_weights_and_the_settings() -> None:
     model = get_peft_model(tiny(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
     fingerprint = EUScorer(model).fingerprint()
     assert EUScorer(model).fingerprint() == fingerprint
-    assert EUScorer(model, el2n=True).fingerprint() != fingerprint
+    assert EUScorer(model, scores=("el2n",)).fingerprint() != fingerprint
     assert EUScorer(tiny(seed=1)).fingerprint() != EUScorer(tiny()).fingerprint()
     with model.disable_adapter():
         assert EUScorer(model).fingerprint() != fingerprint

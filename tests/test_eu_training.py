@@ -349,9 +349,10 @@ def test_recorded_states_are_the_base_alone() -> None:
     ("options", "sentence"),
     [
         ({"num_samples": 3}, "sample_ratio is None"),
-        ({"sample_ratio": 0.5, "remove_tokens": True}, "remove_tokens is True"),
-        ({"sample_ratio": 0.5, "strategy": "ifd"}, "ifd and rho1"),
-        ({"sample_ratio": 0.5, "stratum_column": "x"}, "stratum_column is x"),
+        ({"sample_ratio": 0.5, "keep_dropped": True}, "keep_dropped is True"),
+        ({"sample_ratio": 0.5, "strategy": "ifd"}, "ifd needs a pass of its own"),
+        ({"sample_ratio": 0.5, "token_strategy": "rho1"}, "token_reference_error needs a pass of its own"),
+        ({"sample_ratio": 0.5, "max_repetition": 0.5}, "max_repetition is 0.5"),
     ],
 )
 def test_what_a_batch_cannot_do_is_refused(options: dict[str, Any], sentence: str) -> None:
@@ -375,7 +376,7 @@ def test_el2n_can_choose_in_a_batch() -> None:
     model, rows = adapted("qst"), rows_of_tokens(6)
     batch = PruningCollator(RightPadding(0), model, EUPruner(sample_ratio=0.5, strategy="el2n", per_batch=True))(rows)
     with model.disable_adapter():
-        scored = EUScorer(model, el2n=True)({name: [row[name] for row in rows] for name in rows[0]})
+        scored = EUScorer(model, scores=("el2n",))({name: [row[name] for row in rows] for name in rows[0]})
     best = sorted(np.argsort(scored["el2n"])[-3:])
     assert [
         row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)

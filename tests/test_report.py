@@ -196,14 +196,12 @@ def test_nothing_is_struck_where_whole_samples_are_kept(tmp_path: Path, tokenize
 
 
 def test_text_of_the_data_stays_text(tmp_path: Path, tokenizer: Any) -> None:
-    names = ['"><script>bad()</script>', "plain"] * 20
-    scored = data(unscored=(4,), topic=names)
-    page = report(tmp_path, scored, tokenizer, fitted(scored, stratum_column="topic"))
+    scored = data(unscored=(4,))
+    page = report(tmp_path, scored, tokenizer, fitted(scored))
     assert "script" not in page.tags
     assert "b" not in page.tags
     assert WORDS[0] in page.text
     assert "&amp;" in page.text
-    assert f"topic {names[0]}" in page.text
     assert "<b>no</b> tokens" in next(sample["text"] for sample in page.samples if sample["quadrant"] == "unscored")
 
 
@@ -337,7 +335,7 @@ def test_points_thresholds_and_legend_are_the_pruners() -> None:
     quadrants = pruner.quadrants(scored)[shown]
     colours = [tuple(colour) for colour in points.get_facecolors()]
     assert len({*zip(quadrants, colours, strict=True)}) == len({*quadrants}) == len({*colours}) == 4
-    thresholds = pruner.cuts[None].thresholds
+    thresholds = pruner.fitted.thresholds
     assert thresholds is not None
     lines = {tuple(line.get_xydata()[0]) for line in plane(figure).lines}
     assert lines == {
@@ -361,22 +359,12 @@ def test_without_a_pruner_there_is_one_colour() -> None:
 def test_crossing_thresholds(tmp_path: Path) -> None:
     scored = data(200)
     pruner = fitted(scored, sample_ratio=0.05)
-    thresholds = pruner.cuts[None].thresholds
+    thresholds = pruner.fitted.thresholds
     assert thresholds is not None
     assert thresholds.error_low > thresholds.error_high
     figure = plot_plane(scored, pruner, path=tmp_path / "a.png")
     styles = {line.get_linestyle(): line.get_ydata()[0] for line in plane(figure).lines[::2]}
     assert styles == {"--": thresholds.error_low, "-": thresholds.error_high}
-
-
-def test_strata_have_no_lines_but_one_has(tmp_path: Path) -> None:
-    scored = data(topic=["a", "b"] * 20, same=["a"] * 40)
-    figure = plot_plane(scored, fitted(scored, stratum_column="topic"), path=tmp_path / "a.png")
-    assert not plane(figure).lines
-    assert "thresholds differ between 2 strata" in title(figure)
-    figure = plot_plane(scored, fitted(scored, stratum_column="same"))
-    assert len(plane(figure).lines) == 4
-    assert "strata" not in title(figure)
 
 
 def test_a_failed_picture_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,7 +400,7 @@ def test_equal_rows(tmp_path: Path, tokenizer: Any, rows: int) -> None:
 def test_infinite_thresholds_are_not_drawn(tmp_path: Path) -> None:
     scored = Dataset.from_list([data(1)[0]] * 4)
     pruner = fitted(scored, num_tokens=1)
-    thresholds = pruner.cuts[None].thresholds
+    thresholds = pruner.fitted.thresholds
     assert thresholds is not None
     levels = [thresholds.error_low, thresholds.error_high, thresholds.uncertainty_low, thresholds.uncertainty_high]
     figure = plot_plane(scored, pruner, path=tmp_path / "a.png")

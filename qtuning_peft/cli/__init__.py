@@ -70,9 +70,9 @@ def sft(context: typer.Context) -> None:
         trl.main(context.args)
 
 
-app.command()(commands.score)
-app.command()(commands.prune)
-app.command()(commands.plot)
+app.command()(commands.Command(commands.score, commands.score_options))
+app.command()(commands.Command(commands.prune, commands.pruner_options))
+app.command()(commands.Command(commands.plot, commands.pruner_options))
 for command in (push, pull, info):
     app.command()(command)
 app.add_typer(recipes_app)

@@ -1,4 +1,4 @@
-"""The Error-Uncertainty plane: score a data set, see it, and keep what teaches (Q-Tuning, arXiv 2509.23873)."""
+"""The Error-Uncertainty plane: score a data set, see it, and keep the best of it (Q-Tuning, arXiv 2509.23873)."""
 
 from .dataset import prune, score
 from .pruner import EUPruner

@@ -1,85 +1,120 @@
 """Samples of all lengths through the model: sorted by length, in batches of a fixed number of tokens, back in order.
 
 Sorting leaves little padding; a budget in tokens keeps memory the same for short and long samples. Results depend on
-neither beyond rounding.
+neither beyond rounding. The head runs on chunks of supervised positions, so the logits of a batch never exist at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from ..head import causal_model
-from ..loss import IGNORE_INDEX
-from .scores import TokenScores, token_scores
+from ..head import causal_model, head_of, positions_at_once
+from ..loss import IGNORE_INDEX, supervised_positions
+from .scores import SCORES, Predictions
+from .tokenized import Sample
 
-# Of the scores in `TokenScores`, in its order.
-COLUMNS = ("token_error", "token_uncertainty", "token_el2n")
-
-
-@dataclass
-class Piece:
-    """One sample of one row: its place among the rows, its tokens and its labels."""
-
-    row: int
-    input_ids: list[int]
-    labels: list[int]
+# Logits held at a time, whatever the vocabulary and the batch: 16 MiB of float32 where they should stay in a CPU's
+# cache, 256 MiB where a GPU should have enough to do.
+CHUNK_ELEMENTS = {"cpu": 2**22}
+CHUNK_ELEMENTS_ELSEWHERE = 2**26
+# Names of scores, which the plane is made of.
+PLANE = ("error", "uncertainty")
 
 
 def run(
     model: nn.Module,
-    pieces: Sequence[Piece],
+    samples: Sequence[Sample],
     num_rows: int,
     tokens_per_batch: int,
-    el2n: bool = False,
+    names: Sequence[str] = PLANE,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, list[np.ndarray]]:
-    """Scores of the supervised tokens of `pieces`, joined by row, in their order.
+    """Scores of the supervised tokens of `samples`, joined by row, in their order.
 
     Args:
         model: The model.
-        pieces: Samples.
+        samples: Samples.
         num_rows: Number of rows.
         tokens_per_batch: Tokens in a forward pass, padding included.
-        el2n: Whether to compute `token_el2n`.
-        on_progress: Called with the number of pieces of each batch.
+        names: Scores of tokens to compute.
+        on_progress: Called with the number of samples of each batch.
 
     Returns:
-        `token_error`, `token_uncertainty` and `token_el2n`, for each row an array (supervised tokens,) of float64.
+        For each of `names` and each row an array (supervised tokens,) of float64.
     """
     # Longest first, so that a batch that does not fit in memory is the first one.
-    order = sorted(range(len(pieces)), key=lambda index: -len(pieces[index].input_ids))
+    order = sorted(range(len(samples)), key=lambda index: -len(samples[index].input_ids))
     device = causal_model(model).get_input_embeddings().weight.device
-    found: list[list[np.ndarray]] = [[] for _ in pieces]
+    found: dict[int, np.ndarray] = {}
     with torch.inference_mode(), eval_mode(model):
-        for batch in batches([len(pieces[index].input_ids) for index in order], tokens_per_batch):
+        for batch in batches([len(samples[index].input_ids) for index in order], tokens_per_batch):
             chosen = [order[index] for index in batch]
-            tensors = right_padded([pieces[index] for index in chosen], device)
-            scores = token_scores(model, *tensors, el2n)
-            for index, parts in zip(chosen, by_piece(scores, [pieces[index] for index in chosen]), strict=True):
-                found[index] = list(parts)
+            members = [samples[index] for index in chosen]
+            scores = token_scores(model, *right_padded(members, device), names)
+            found |= zip(chosen, by_sample(scores, members), strict=True)
             if on_progress is not None:
                 on_progress(len(chosen))
-    names = COLUMNS[: 2 + el2n]
-    collected: dict[str, list[list[np.ndarray]]] = {name: [[] for _ in range(num_rows)] for name in names}
-    for piece, columns in zip(pieces, found, strict=True):
-        for name, column in zip(names, columns, strict=True):
-            collected[name][piece.row].append(column)
-    return {
-        name: [np.concatenate(parts) if parts else np.zeros(0) for parts in columns]
-        for name, columns in collected.items()
-    }
+    rows = [[np.zeros((len(names), 0))] for _ in range(num_rows)]
+    for index, sample in enumerate(samples):
+        rows[sample.row].append(found[index])
+    joined = [np.concatenate(parts, axis=1) for parts in rows]
+    return {name: [values[place] for values in joined] for place, name in enumerate(names)}
 
 
-def by_piece(scores: TokenScores, pieces: Sequence[Piece]) -> list[np.ndarray]:
-    """Scores that follow each other piece after piece, taken apart: for each (scores, supervised tokens), float64."""
-    stacked = torch.stack([values for values in scores if values is not None]).double().cpu().numpy()
-    ends = np.cumsum([sum(label != IGNORE_INDEX for label in piece.labels) for piece in pieces])
+def token_scores(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, names: Sequence[str] = PLANE
+) -> dict[str, Tensor]:
+    """Scores of every supervised token of a right-padded batch.
+
+    Args:
+        model: A causal language model of transformers, or a PEFT model around one.
+        input_ids: (batch, length), int64.
+        attention_mask: (batch, length), or `None` without padding.
+        labels: (batch, length), int64, -100 where a token is not supervised; the first of a row never is, as nothing
+            predicts it.
+        names: Scores of tokens to compute.
+
+    Returns:
+        By name (tokens,), row after row.
+
+    Raises:
+        ValueError: when `model` is not a causal language model.
+    """
+    base = causal_model(model)
+    output = base.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return scores_of_hidden_states(base, output, labels, names)
+
+
+def scores_of_hidden_states(base: Any, output: Any, labels: Tensor, names: Sequence[str] = PLANE) -> dict[str, Tensor]:
+    """Scores from what the decoder of `base` returned; `labels` and `names` as in `token_scores`."""
+    hidden_states, targets = supervised_positions(output.last_hidden_state, labels)  # (tokens, d), (tokens,)
+    elements = CHUNK_ELEMENTS.get(hidden_states.device.type, CHUNK_ELEMENTS_ELSEWHERE)
+    chunk = positions_at_once(base, elements)
+    head = head_of(base, output)
+    chunks = [
+        scores_of_logits(head(states), wanted, names)
+        for states, wanted in zip(hidden_states.split(chunk), targets.split(chunk), strict=True)
+    ]
+    return {name: torch.cat([scores[name] for scores in chunks]) for name in names}
+
+
+def scores_of_logits(logits: Tensor, targets: Tensor, names: Sequence[str] = PLANE) -> dict[str, Tensor]:
+    """Scores by name, each (tokens,), of logits (tokens, vocabulary), which are overwritten, and targets (tokens,)."""
+    predictions = Predictions(logits, targets)
+    return {name: SCORES[name].of(predictions) for name in names}
+
+
+def by_sample(scores: dict[str, Tensor], samples: Sequence[Sample]) -> list[np.ndarray]:
+    """Scores that follow each other sample after sample, taken apart: for each (scores, supervised tokens), float64."""
+    stacked = torch.stack([*scores.values()]).double().cpu().numpy()
+    ends = np.cumsum([sum(label != IGNORE_INDEX for label in sample.labels) for sample in samples])
     return np.split(stacked, ends[:-1], axis=1)
 
 
@@ -93,25 +128,16 @@ def batches(lengths: Sequence[int], tokens_per_batch: int) -> list[range]:
     return [*runs, range(start, len(lengths))] if lengths else []
 
 
-def right_padded(pieces: Sequence[Piece], device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
+def right_padded(samples: Sequence[Sample], device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
     """`input_ids`, `attention_mask` (`None` without padding) and `labels`, each (samples, longest), int64."""
-    longest = max(len(piece.input_ids) for piece in pieces)
 
-    def padded(values: list[int], fill: int) -> list[int]:
-        return values + [fill] * (longest - len(values))
+    def padded(rows: Sequence[list[int]], fill: int) -> Tensor:
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill).to(device)
 
     # Any token will do for padding: it is masked, and no tokenizer needs to have one.
-    input_ids = torch.tensor([padded(piece.input_ids, 0) for piece in pieces], device=device)
-    labels = torch.tensor([padded(piece.labels, IGNORE_INDEX) for piece in pieces], device=device)
-    if all(len(piece.input_ids) == longest for piece in pieces):
-        return input_ids, None, labels
-    mask = torch.tensor([padded([1] * len(piece.input_ids), 0) for piece in pieces], device=device)
-    return input_ids, mask, labels
-
-
-def mean(values: np.ndarray) -> np.float64:
-    """Mean in float64, NaN of nothing."""
-    return np.float64(values.mean(dtype=np.float64)) if len(values) else np.float64("nan")
+    input_ids = padded([sample.input_ids for sample in samples], 0)
+    mask = padded([[1] * len(sample.input_ids) for sample in samples], 0)
+    return input_ids, None if mask.all() else mask, padded([sample.labels for sample in samples], IGNORE_INDEX)
 
 
 @contextmanager

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,11 +58,10 @@ def score(
     scorer = EUScorer(model, tokenizer, **settings)
     if isinstance(dataset, (IterableDataset, IterableDatasetDict)):
         return dataset.map(scorer, batched=True, batch_size=rows_per_part)
+    scored = partial(_score, scorer=scorer, resume_dir=resume_dir, rows_per_part=rows_per_part, progress=progress)
     if isinstance(dataset, DatasetDict):
-        return DatasetDict(
-            {name: _score(split, scorer, resume_dir, rows_per_part, progress) for name, split in dataset.items()}
-        )
-    return _score(dataset, scorer, resume_dir, rows_per_part, progress)
+        return DatasetDict({name: scored(split) for name, split in dataset.items()})
+    return scored(dataset)
 
 
 def prune(
@@ -91,11 +89,11 @@ def prune(
     if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
         raise ValueError("prune takes one split, as only training data is pruned; pass dataset['train'].")
     pruner = EUPruner(tokenizer=tokenizer, **pruning)
-    if pruner.strategy in ("el2n", "ifd"):
-        scoring = {pruner.strategy: True, **(scoring or {})}
     if isinstance(dataset, IterableDataset) and not pruner.per_batch:
         raise ValueError("The data is streamed, so thresholds for all of it cannot be found; set per_batch to True.")
-    scored = score(dataset, model, tokenizer, **(scoring or {}))
+    scoring = dict(scoring or {})
+    scoring["scores"] = (*pruner.scores, *scoring.get("scores", ()))
+    scored = score(dataset, model, tokenizer, **scoring)
     if not pruner.per_batch:
         pruner.fit(scored)
     return scored.map(pruner, batched=True)
@@ -110,23 +108,27 @@ def _score(
     dataset = dataset.with_format(None)
     fingerprint = scorer.fingerprint()
     parts = []
-    with (
-        part_folder(resume_dir) as folder,
-        tqdm(total=len(dataset), desc="Scoring", unit=" rows", disable=not progress) as bar,
-    ):
+    bar = tqdm(total=len(dataset), desc="Scoring", unit=" rows", disable=not progress)
+    with bar, tempfile.TemporaryDirectory() as temporary:
+        folder = Path(resume_dir or temporary)
+        if folder.is_file():
+            raise ValueError(f"resume_dir is {folder}, which is a file; name a folder.")
+        folder.mkdir(parents=True, exist_ok=True)
         for start in range(0, len(dataset), rows_per_part):
             indices = range(start, min(start + rows_per_part, len(dataset)))
             rows = dataset[indices.start : indices.stop]
             file = folder / f"{Hasher.hash([fingerprint, rows])}.arrow"
-            part = read(file, len(indices))
+            part = _read(file, len(indices))
             if part is None:
                 scorer.on_progress = bar.update
                 part = Dataset.from_dict(scorer(rows, indices))
                 scorer.on_progress = None
-                write(part, file)
+                table = part.data.table
+                with replacing(file) as unfinished, pa.ipc.new_stream(str(unfinished), table.schema) as writer:
+                    writer.write_table(table)
             else:
                 bar.set_postfix_str("resumed")
-            # Rows that were not run, or in several pieces.
+            # Rows that were not run, or as several samples.
             bar.n = indices.stop
             bar.refresh()
             parts.append(part)
@@ -135,22 +137,7 @@ def _score(
     return concatenate_datasets([dataset.select_columns(others), scores], axis=1) if others else scores
 
 
-@contextmanager
-def part_folder(resume_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
-    """Folder for finished parts: `resume_dir`, or one that goes away."""
-    if resume_dir is None:
-        with tempfile.TemporaryDirectory() as temporary:
-            yield Path(temporary)
-        return
-    folder = Path(resume_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise ValueError(f"resume_dir is {folder}, which is a file; name a folder.") from error
-    yield folder
-
-
-def read(file: Path, rows: int) -> Dataset | None:
+def _read(file: Path, rows: int) -> Dataset | None:
     """The finished part in `file`, if there is a whole one."""
     try:
         # In memory, as `datasets` would otherwise keep its caches in that folder, which may be deleted.
@@ -158,14 +145,3 @@ def read(file: Path, rows: int) -> Dataset | None:
     except (OSError, pa.ArrowInvalid):
         return None
     return part if len(part) == rows and {"error", "labels", "unscored"} <= {*part.column_names} else None
-
-
-def write(part: Dataset, file: Path) -> None:
-    """Write `part` to `file`, which appears when it is complete."""
-    table = part.data.table
-    with (
-        replacing(file) as unfinished,
-        pa.OSFile(str(unfinished), "wb") as sink,
-        pa.ipc.new_stream(sink, table.schema) as writer,
-    ):
-        writer.write_table(table)

@@ -71,27 +71,25 @@ def _read_file(path: Path) -> Dataset:
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of JSON lines, or of one array, as they are written: other readers take a string like a date for one."""
-    with path.open("rb") as file:
-        if file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if content.lstrip().startswith(b"["):
+        try:
+            rows = json.loads(content.decode())
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON array: {error}.") from error
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"{path} is an array of something other than objects; make every entry a row.")
+        yield from rows
+        return
+    for number, line in enumerate(content.splitlines(), start=1):
+        if line.strip():
             try:
-                rows = json.loads(path.read_text(encoding="utf-8-sig"))
-            except ValueError as error:
-                raise ValueError(f"{path} is no JSON array: {error}.") from error
-            if not all(isinstance(row, dict) for row in rows):
-                raise ValueError(f"{path} is an array of something other than objects; make every entry a row.")
-            yield from rows
-            return
-        file.seek(0)
-        for number, line in enumerate(file, start=1):
-            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if text.strip():
-                try:
-                    row = json.loads(text.decode("utf-8"))
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number} is no JSON object; repair or remove it.") from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"{path}, line {number} is no JSON object; repair or remove it.")
-                yield row
+                row = json.loads(line.decode())
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number} is no JSON object; repair or remove it.")
+            yield row
 
 
 def check_output(path: Path) -> None:
@@ -128,18 +126,14 @@ def write_data(data: Dataset, path: Path) -> None:
     check_output(path)
     with replacing(path) as unfinished:
         if path.suffix.lower() in JSON_LINES:
-            _write_lines(data, unfinished)
+            # Dataset.to_json rounds to ten digits; thresholds are compared with what is read again.
+            with unfinished.open("w", encoding="utf-8") as file:
+                for row in data.with_format(None):
+                    file.write(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False, default=str) + "\n")
         elif path.suffix.lower() == ".parquet":
             data.to_parquet(str(unfinished))
         else:
             data.save_to_disk(str(unfinished))
-
-
-def _write_lines(data: Dataset, path: Path) -> None:
-    # Dataset.to_json rounds to ten digits; thresholds are compared with what is read again.
-    with path.open("w", encoding="utf-8") as file:
-        for row in data.with_format(None):
-            file.write(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False, default=str) + "\n")
 
 
 def _plain(value: Any) -> Any:

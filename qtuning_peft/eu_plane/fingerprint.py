@@ -1,6 +1,6 @@
-"""Names for computations: the same for the same weights, tokenizer and settings, in any process, and for no others.
+"""Fingerprint of a scoring run: the same for the same weights, tokenizer and settings, in any process.
 
-Finished parts are found again by such a name, so what it leaves out would be taken for something it is not.
+Finished parts are found again by it, so a change that it leaves out would find scores of something else.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import nn
 from ..head import causal_model
 
 # Changes when scores change for the same input.
-VERSION = 1
+VERSION = 2
 
 
 def fingerprint(settings: Sequence[Any], tokenizer: Any, models: Sequence[nn.Module]) -> str:
-    """A name for scoring under `models` with `settings`."""
+    """Fingerprint of scoring under `models` with `settings`."""
     digest = xxhash.xxh3_128()
     digest.update(stable([VERSION, *settings]))
     if tokenizer is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,12 @@ import numpy as np
 
 from ..atomic import replacing
 from .pruner import EUPruner
-from .quadrants import CALIBRATION, MISCONCEPTION, NOISE, QUADRANTS, REDUNDANT, Thresholds
-from .selection import DEGENERATE, DROPPED, EU_PLANE, KEPT, UNSCORED, spearman
+from .quadrants import CALIBRATION, MISCONCEPTION, NOISE, REDUNDANT, Thresholds
+from .selection import DEGENERATE, DROPPED, KEPT, SAMPLE_STRATEGIES, UNSCORED, rank_correlation
+from .strategies import EUPlane
+from .table import Data, names_of, require
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -35,12 +36,15 @@ COLOURS = {
     UNSCORED: "#bdbdbd",
 }
 INK = "#24292f"
+STYLE: dict[Any, Any] = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK) | {
+    "axes.spines.top": False, "axes.spines.right": False
+}  # fmt: skip
 FORMATS = (".png", ".svg", ".pdf")
 MOST_POINTS = 20_000
 
 
 def plot_plane(
-    scored: Dataset | Mapping[str, Sequence[Any]],
+    scored: Data,
     pruner: EUPruner | None = None,
     *,
     path: str | os.PathLike[str] | None = None,
@@ -50,7 +54,7 @@ def plot_plane(
 
     Args:
         scored: Data with the columns that `EUScorer` adds. Rows without a score are left out.
-        pruner: Colours the samples by quadrant and gives the thresholds; those of several strata are not drawn.
+        pruner: Colours the samples by quadrant and gives the thresholds.
         path: Also save the picture here, as `.png`, `.svg` or `.pdf`; a file of that name is replaced once it is whole.
         title: Stands above the picture.
 
@@ -65,15 +69,14 @@ def plot_plane(
     if file is not None and file.suffix.lower() not in FORMATS:
         raise ValueError(f"path is {file}; choose a name that ends in {', '.join(FORMATS)}.")
     try:
+        from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
     except ImportError as error:
         raise ImportError("Drawing the plane needs matplotlib: pip install 'qtuning-peft[plot]'.") from error
 
-    for name in ("error", "uncertainty"):
-        if name not in (getattr(scored, "column_names", None) or scored):
-            raise ValueError(f"The data has no column {name}; score the data with EUScorer first.")
+    require(("error", "uncertainty"), names_of(scored))
     y, x = (np.array(scored[name][:], np.float64) for name in ("error", "uncertainty"))
     shown = np.isfinite(x) & np.isfinite(y)
     if not shown.any():
@@ -82,20 +85,26 @@ def plot_plane(
     groups: dict[str, np.ndarray] = {MISCONCEPTION: np.ones(len(x), bool)}
     if pruner is not None:
         quadrants = pruner.quadrants(scored)[shown]
-        expected = QUADRANTS if pruner.strategy == EU_PLANE else (KEPT, DROPPED)
+        expected = SAMPLE_STRATEGIES[pruner.strategy].quadrants
         groups = {name: quadrants == name for name in COLOURS if name in expected or name in quadrants}
 
-    figure = Figure(figsize=(7.2, 6.6), dpi=150, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2, 2, width_ratios=(6, 1), height_ratios=(1, 6), wspace=0.02, hspace=0.02)
-    plane = figure.add_subplot(grid[1, 0])
-    above, right = figure.add_subplot(grid[0, 0], sharex=plane), figure.add_subplot(grid[1, 1], sharey=plane)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 6.6), dpi=150, layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        grid = figure.add_gridspec(2, 2, width_ratios=(6, 1), height_ratios=(1, 6), wspace=0.02, hspace=0.02)
+        plane = figure.add_subplot(grid[1, 0])
+        above, right = figure.add_subplot(grid[0, 0], sharex=plane), figure.add_subplot(grid[1, 1], sharey=plane)
     view = (_view(x), _view(y))
     plane.set(
         xlim=view[0], ylim=view[1], xlabel="uncertainty (mean entropy, nats per token)",
         ylabel="error (mean negative log-likelihood, nats per token)",
     )  # fmt: skip
-    (_points if len(x) <= MOST_POINTS else _density)(plane, x, y, groups, view)
+    if len(x) <= MOST_POINTS:
+        colours = np.select([*groups.values()], [COLOURS[name] for name in groups], "")
+        size, alpha = (24, 0.85) if len(x) <= 500 else (12, 0.6) if len(x) <= 5000 else (6, 0.4)
+        plane.scatter(x, y, s=size, c=colours, alpha=alpha, linewidths=0, rasterized=len(x) > 2000)
+    else:
+        plane.imshow(_density(x, y, groups, view), origin="lower", extent=(*view[0], *view[1]), aspect="auto")
 
     bars: dict[str, Any] = {"stacked": True, "color": [COLOURS[name] for name in groups], "linewidth": 0}
     bars["bins"] = int(np.clip(2 * np.sqrt(len(x)), 12, 60))
@@ -103,45 +112,31 @@ def plot_plane(
     right.hist([y[members] for members in groups.values()], range=view[1], orientation="horizontal", **bars)
     above.axis("off")
     right.axis("off")
-    plane.spines[["top", "right"]].set_visible(False)
-    plane.spines[["left", "bottom"]].set_color(INK)
-    plane.tick_params(colors=INK)
-    for label in (plane.xaxis.label, plane.yaxis.label):
-        label.set_color(INK)
 
-    strata = 0
-    if pruner is not None and not pruner.per_batch:
-        cuts = list(pruner.cuts.values())
-        strata = len(cuts)
-        if strata == 1 and cuts[0].thresholds is not None:
-            _lines(plane, cuts[0].thresholds)
     if pruner is not None:
+        if not pruner.per_batch and isinstance(pruner.fitted, EUPlane):
+            _lines(plane, pruner.fitted.thresholds)
+        names = [f"{name}: {int(members.sum()):,}" for name, members in groups.items()]
         handles = [
-            Line2D([], [], marker="o", linestyle="", color=COLOURS[name], label=f"{name}: {int(members.sum()):,}")
-            for name, members in groups.items()
+            Line2D([], [], marker="o", linestyle="", color=COLOURS[group], label=name)
+            for group, name in zip(groups, names, strict=True)
         ]
-        columns = 6 if sum(len(str(handle.get_label())) + 4 for handle in handles) < 90 else 3
-        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, labelcolor=INK,
-                      handletextpad=0.1, columnspacing=1.4, fontsize=9)  # fmt: skip
+        figure.legend(handles=handles, loc="outside lower center", ncols=6 if sum(map(len, names)) < 66 else 3,
+                      frameon=False, labelcolor=INK, handletextpad=0.1, columnspacing=1.4, fontsize=9)  # fmt: skip
 
     outside = int(((x < view[0][0]) | (x > view[0][1]) | (y < view[1][0]) | (y > view[1][1])).sum())
-    correlation = spearman(y, x)
-    facts = [
-        f"{len(x):,} {'sample' if len(x) == 1 else 'samples'}",
-        f"rank correlation {'undefined' if np.isnan(correlation) else f'{correlation:.2f}'}",
+    correlation = rank_correlation(y, x)
+    lines = [
+        f"{len(x):,} {'sample' if len(x) == 1 else 'samples'}, rank correlation "
+        + ("undefined" if np.isnan(correlation) else f"{correlation:.2f}")
     ]
-    omissions = [
-        f"{outside:,} outside of the view" if outside else "",
-        f"{(~shown).sum():,} without a score left out" if not shown.all() else "",
-        f"thresholds differ between {strata} strata" if strata > 1 else "",
-    ]
-    lines = [", ".join(facts), ", ".join(filter(None, omissions))]
-    above.set_title("\n".join(filter(None, lines)), loc="left", fontsize=10, color=INK)
+    omissions = [f"{outside:,} outside of the view"] if outside else []
+    omissions += [f"{(~shown).sum():,} without a score left out"] if not shown.all() else []
+    lines += [", ".join(omissions)] if omissions else []
+    above.set_title("\n".join(lines), loc="left", fontsize=10, color=INK)
     if title:
-        height = 26 if lines[1] else 13
         # Data sets' names may have dollar signs, which are no formulas.
-        above.annotate(textwrap.fill(title, 56), (0, 1), (0, 14 + height), xycoords="axes fraction", fontsize=13,
-                       textcoords="offset points", color=INK, parse_math=False)  # fmt: skip
+        figure.suptitle(textwrap.fill(title, 56), x=0.02, ha="left", fontsize=13, color=INK, parse_math=False)
     if file is not None:
         with replacing(file) as unfinished:
             figure.savefig(unfinished, format=file.suffix[1:].lower())
@@ -158,16 +153,8 @@ def _view(values: np.ndarray) -> tuple[float, float]:
     return float(low - margin), float(high + margin)
 
 
-def _points(axes: Axes, x: np.ndarray, y: np.ndarray, groups: Mapping[str, np.ndarray], view: Any) -> None:
-    colours = np.full(len(x), "", "<U7")
-    for name, members in groups.items():
-        colours[members] = COLOURS[name]
-    size, alpha = (24, 0.85) if len(x) <= 500 else (12, 0.6) if len(x) <= 5000 else (6, 0.4)
-    axes.scatter(x, y, s=size, c=colours, alpha=alpha, linewidths=0, rasterized=len(x) > 2000)
-
-
-def _density(axes: Axes, x: np.ndarray, y: np.ndarray, groups: Mapping[str, np.ndarray], view: Any) -> None:
-    """Cells in the mean colour of their samples, the more opaque the more there are."""
+def _density(x: np.ndarray, y: np.ndarray, groups: Mapping[str, np.ndarray], view: Any) -> np.ndarray:
+    """Cells (200, 200, 4) in the mean colour of their samples, the more opaque the more there are."""
     from matplotlib.colors import to_rgb
 
     counts = np.stack(
@@ -176,24 +163,23 @@ def _density(axes: Axes, x: np.ndarray, y: np.ndarray, groups: Mapping[str, np.n
     total = counts.sum(-1, keepdims=True)
     colour = counts @ np.array([to_rgb(COLOURS[name]) for name in groups]) / np.maximum(total, 1)
     opacity = np.where(total > 0, 0.2 + 0.8 * np.log1p(total) / np.log1p(max(total.max(), 1)), 0)
-    image = np.minimum(np.concatenate([colour, opacity], axis=-1), 1)
-    axes.imshow(image, origin="lower", extent=(*view[0], *view[1]), aspect="auto")
+    return np.minimum(np.concatenate([colour, opacity], axis=-1), 1)
 
 
 def _lines(axes: Axes, thresholds: Thresholds) -> None:
     """The finite thresholds: where high begins as a line, where low ends dashed; either may be the greater."""
-    for side, arrows, style, end in (("low", "↓←", "--", 0), ("high", "↑→", "-", 1)):
+    text: dict[str, Any] = {"color": INK, "fontsize": 8, "alpha": 0.8, "clip_on": True}
+    # The names of both stand at opposite ends, as the lines may be close together.
+    for side, style, end, error_name, uncertainty_name, (first, second), (upper, lower) in (
+        ("low", "--", 0, " low ↓ ", "← low ", ("left", "right"), ("top", "bottom")),
+        ("high", "-", 1, " high ↑ ", " high →", ("right", "left"), ("bottom", "top")),
+    ):
         line: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": style, "alpha": 0.6}
-        text: dict[str, Any] = {"color": INK, "fontsize": 8, "alpha": 0.8, "clip_on": True}
-        # The names of both stand at opposite ends, as the lines may be close together.
-        level = getattr(thresholds, f"error_{side}")
-        if np.isfinite(level):
-            axes.axhline(level, **line)
-            text |= {"ha": ("left", "right")[end], "va": ("top", "bottom")[end]}
-            axes.text(end, level, f" {side} {arrows[0]} ", transform=axes.get_yaxis_transform(), **text)
-        level = getattr(thresholds, f"uncertainty_{side}")
-        if np.isfinite(level):
-            axes.axvline(level, **line)
-            text |= {"ha": ("right", "left")[end], "va": ("bottom", "top")[end]}
-            name = f" {side} {arrows[1]}" if end else f"{arrows[1]} {side} "
-            axes.text(level, end, name, transform=axes.get_xaxis_transform(), **text)
+        error, uncertainty = getattr(thresholds, f"error_{side}"), getattr(thresholds, f"uncertainty_{side}")
+        if np.isfinite(error):
+            axes.axhline(error, **line)
+            axes.text(end, error, error_name, transform=axes.get_yaxis_transform(), ha=first, va=upper, **text)
+        if np.isfinite(uncertainty):
+            axes.axvline(uncertainty, **line)
+            name: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "ha": second, "va": lower}
+            axes.text(uncertainty, end, uncertainty_name, **name, **text)

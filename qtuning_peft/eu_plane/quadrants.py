@@ -100,7 +100,7 @@ def find_thresholds(
     Args:
         error: (samples,), nats, finite, at least one.
         uncertainty: (samples,), nats, finite.
-        budget: What the kept samples may cost; of 0 nothing is kept.
+        budget: What the kept samples may cost.
         cost: From quadrants (samples,) to what is kept of them, in samples or in tokens; it must not rise as samples
             leave. Samples with equal scores leave together, which can make the exact budget unreachable.
 
@@ -117,6 +117,6 @@ def find_thresholds(
     if step > 0 and kept(step - 1) - budget <= budget - kept(step):
         step -= 1
     # Before the last steps, of which each empties one of the two corners, something is always kept.
-    while budget > 0 and kept(step) == 0:
+    while kept(step) == 0:
         step -= 1
     return thresholds_at(step, errors, uncertainties)

@@ -33,13 +33,8 @@ SHAREGPT_ROLES = {
 }  # fmt: skip
 # The prompts of Stanford Alpaca, for models without a chat template.
 ALPACA_PROMPT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-ALPACA_INPUT_PROMPT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-    "response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+    "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
 
 
@@ -150,8 +145,9 @@ class RowEncoder:
         if self.chat_template:
             prompt = f"{instruction}\n\n{context}" if context else instruction
         else:
-            template = ALPACA_INPUT_PROMPT if context else ALPACA_PROMPT
-            prompt = template.format(instruction=instruction, input=context)
+            more = ", paired with an input that provides further context" if context else ""
+            given = f"### Input:\n{context}\n\n" if context else ""
+            prompt = ALPACA_PROMPT.format(more=more, instruction=instruction, input=given)
         return self._prompt_and_answer(prompt, row["output"], row)
 
     def _text(self, row: Mapping[str, Any]) -> EncodedRow:
@@ -203,12 +199,8 @@ class RowEncoder:
         return text[: text.index(header) + len(header)] if header and header in text else ""
 
     def _render(self, messages: Sequence[Any], row: Mapping[str, Any], add_generation_prompt: bool = False) -> str:
-        text: str = self.tokenizer.apply_chat_template(
-            list(messages),
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **_template_arguments(row),
-        )
+        arguments = _template_arguments(row) | {"add_generation_prompt": add_generation_prompt, "tokenize": False}
+        text: str = self.tokenizer.apply_chat_template(list(messages), **arguments)
         return text
 
     def _tokens(self, text: str, spans: list[tuple[int, int]] | None, add_special_tokens: bool = False) -> EncodedRow:

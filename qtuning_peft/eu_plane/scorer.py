@@ -2,8 +2,8 @@
 
     error(x, y) = 1/|T| sum_(t in T) e_t        uncertainty(x, y) = 1/|T| sum_(t in T) u_t
 
-over the supervised positions T alone (Q-Tuning, arXiv 2509.23873; the paper's PPL is exp(error)). Rows are taken to
-pieces of one sample each, sorted by length, run in batches of a fixed number of tokens, and put back in order.
+over the supervised positions T alone (Q-Tuning, arXiv 2509.23873; the paper's PPL is exp(error)). What other scores
+there are is in `scores`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import numpy as np
 from torch import nn
 
 from ..head import causal_model
-from ..loss import IGNORE_INDEX
-from .batching import Piece, mean, run
+from .batching import run
 from .fingerprint import fingerprint
-from .repetition import repetition
 from .rows import RowEncoder
-from .tokenized import EncodedRow, RowError, untouched
+from .scores import ALWAYS, SCORES, ScoredRows, mean
+from .tokenized import EncodedRow, RowError, Sample, untouched
+
+REFERENCE = "token_reference_error"
 
 
 class EUScorer:
@@ -38,7 +39,7 @@ class EUScorer:
     | `supervised_tokens` | int64 | their number |
     | `token_error`, `token_uncertainty` | list of float32 | one value for each of them |
     | `repetition` | float64 | share of their 4-grams that occurred before, 0 to 1 |
-    | `unscored` | string | why the row has no score (then `error` is NaN), else empty |
+    | `unscored` | string | why the row has no score (then its scores are NaN), else empty |
 
     Args:
         model: A causal language model of transformers, quantized or not, or a PEFT model around one, which is scored
@@ -48,10 +49,8 @@ class EUScorer:
         chat_template: Whether prompts go through the tokenizer's chat template.
         max_length: Longer rows are not scored; by default the model's longest context.
         tokens_per_batch: Tokens in a forward pass, padding included.
-        el2n: Also add `el2n`, the mean length of the difference between prediction and target (Paul et al., 2021).
-        ifd: Also add `ifd`, instruction-following difficulty (Li et al., 2024): perplexity of the answer after its
-            prompt over its perplexity without one. Costs a second pass over the answers.
-        reference_model: Also add `token_reference_error`, the tokens' error under this model (Rho-1, Lin et al., 2024).
+        scores: More scores to add, by name (see `scores`), such as `("el2n", "ifd")`.
+        reference_model: A second model: also add `token_reference_error`, the tokens' error under it.
 
     Raises:
         ValueError: when the model, the data's columns or the tokenizer cannot be used. A row that cannot be scored does
@@ -67,22 +66,25 @@ class EUScorer:
         chat_template: bool = True,
         max_length: int | None = None,
         tokens_per_batch: int = 4096,
-        el2n: bool = False,
-        ifd: bool = False,
+        scores: Sequence[str] = (),
         reference_model: nn.Module | None = None,
     ) -> None:
         for name, value in (("max_length", max_length), ("tokens_per_batch", tokens_per_batch)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; choose at least 1.")
         base = causal_model(model)
+        for name in scores:
+            SCORES.check(name)
+        if REFERENCE in scores and reference_model is None:
+            raise ValueError(f"scores names {REFERENCE}, but reference_model is None; pass a second model.")
         self.model = model
         self.reference_model = reference_model
         self.encoder = RowEncoder(tokenizer, columns, chat_template)
         self.vocabulary: int = base.get_input_embeddings().weight.shape[0]
         self.max_length = max_length or getattr(base.config.get_text_config(), "max_position_embeddings", None)
         self.tokens_per_batch = tokens_per_batch
-        self.el2n = el2n
-        self.ifd = ifd
+        wanted = {*ALWAYS, *scores, *([REFERENCE] if reference_model is not None else [])}
+        self.scores = [name for name in SCORES if name in wanted]
         # Called with the number of rows finished, for a progress bar finer than `map`'s.
         self.on_progress: Callable[[int], None] | None = None
 
@@ -97,32 +99,22 @@ class EUScorer:
             The new columns.
         """
         encoded, unscored = self._encode_rows(rows)
-        scorable = [EncodedRow([], []) if reason else row for row, reason in zip(encoded, unscored, strict=True)]
-        result = self._score(scorable)
-        for index, values in enumerate(result["token_error"]):
-            if not unscored[index] and not np.isfinite(values).all():
+        scores = self._score([EncodedRow([], []) if why else row for row, why in zip(encoded, unscored, strict=True)])
+        for index, value in enumerate(scores["token_error"]):
+            if not unscored[index] and not np.isfinite(value).all():
                 unscored[index] = "the model's output is not finite"
-        for name in result:
-            for index, reason in enumerate(unscored):
-                if reason:
-                    result[name][index] = np.zeros(0, np.float32)
-
-        columns: dict[str, list[Any]] = {
+        columns = {
+            name: [_stored(value, bool(why)) for value, why in zip(values, unscored, strict=True)]
+            for name, values in scores.items()
+        }
+        self._report(unscored, indices)
+        return {
             "input_ids": [np.asarray(row.all_input_ids, np.int64) for row in encoded],
             "labels": [np.asarray(row.all_labels, np.int64) for row in encoded],
-            "error": [mean(values) for values in result["token_error"]],
-            "uncertainty": [mean(values) for values in result["token_uncertainty"]],
-            "supervised_tokens": [np.int64(len(values)) for values in result["token_error"]],
-            "repetition": [np.float64(repetition([row.labels[i] for i in row.positions()])) for row in encoded],
+            "supervised_tokens": [np.int64(len(values)) for values in columns["token_error"]],
             "unscored": unscored,
+            **columns,
         }
-        if self.el2n:
-            columns["el2n"] = [mean(values) for values in result.pop("token_el2n")]
-        if self.ifd:
-            columns["ifd"] = self._ifd(scorable, result["token_error"])
-        float32 = {name: [values.astype(np.float32) for values in lists] for name, lists in result.items()}
-        self._report(unscored, indices)
-        return columns | float32
 
     def _encode_rows(self, rows: Mapping[str, Sequence[Any]]) -> tuple[list[EncodedRow], list[str]]:
         """Every row's tokens, and why it cannot be scored, empty if it can."""
@@ -158,29 +150,23 @@ class EUScorer:
 
     # -- running the model ---------------------------------------------------------------------------------------------
 
-    def _score(self, encoded: Sequence[EncodedRow]) -> dict[str, list[np.ndarray]]:
-        """Scores of every row's supervised tokens, float64, by column."""
-        pieces = [
-            Piece(index, row.input_ids[start:stop], row.labels[start:stop])
-            for index, row in enumerate(encoded)
-            for start, stop in pairwise(row.bounds)
-            if any(label != IGNORE_INDEX for label in row.labels[start:stop])
-        ]
-        result = run(self.model, pieces, len(encoded), self.tokens_per_batch, self.el2n, self.on_progress)
-        if self.reference_model is not None:
-            reference = run(self.reference_model, pieces, len(encoded), self.tokens_per_batch)
-            result["token_reference_error"] = reference["token_error"]
-        return result
+    def _score(self, encoded: Sequence[EncodedRow]) -> dict[str, Sequence[Any]]:
+        """Columns of scores; those of tokens are (supervised tokens,) for each row, float64."""
+        samples = [sample for index, row in enumerate(encoded) for _, sample in row.samples(index)]
+        of_tokens = [name for name in self.scores if SCORES[name].per_token]
+        found = run(self.model, samples, len(encoded), self.tokens_per_batch, of_tokens, self.on_progress)
 
-    def _ifd(self, encoded: Sequence[EncodedRow], token_error: Sequence[np.ndarray]) -> list[np.float64]:
-        # Nothing predicts an answer's first token once its prompt is gone, so both means leave it out.
-        answers = [[row.labels[i] for i in row.positions()] for row in encoded]
-        pieces = [Piece(i, answer, [IGNORE_INDEX, *answer[1:]]) for i, answer in enumerate(answers) if answer]
-        alone = run(self.model, pieces, len(encoded), self.tokens_per_batch)["token_error"]
-        return [
-            np.exp(mean(errors[1:]) - mean(without)) if len(errors) > 1 else np.float64("nan")
-            for errors, without in zip(token_error, alone, strict=True)
-        ]
+        def errors(samples: Sequence[Sample], model: nn.Module | None = None) -> list[np.ndarray]:
+            return run(model or self.model, samples, len(encoded), self.tokens_per_batch)["error"]
+
+        rows = ScoredRows(samples, found["error"], errors, self.reference_model)
+        columns: dict[str, Sequence[Any]] = {}
+        for name in self.scores:
+            if name in found:
+                columns |= {name: [mean(values) for values in found[name]], f"token_{name}": found[name]}
+            else:
+                columns[name] = SCORES[name].of(rows)
+        return columns
 
     def _report(self, unscored: Sequence[str], indices: Sequence[int] | None) -> None:
         bad = [(indices[i] if indices is not None else i, reason) for i, reason in enumerate(unscored) if reason]
@@ -190,17 +176,23 @@ class EUScorer:
             more = f"; and {len(bad) - 20} more" if len(bad) > 20 else ""
             warnings.warn(f"{len(bad)} of {len(unscored)} rows have no score: {listed}{more}.", stacklevel=3)
 
-    # -- identity ------------------------------------------------------------------------------------------------------
-
     def fingerprint(self) -> str:
-        """A name for what this scorer computes: it changes with weights, adapters, tokenizer and settings."""
+        """Fingerprint of what this scorer computes: it changes with weights, adapters, tokenizer and settings."""
         settings = [self.encoder.columns, self.encoder.chat_template, self.max_length, self.tokens_per_batch]
         models = [model for model in (self.model, self.reference_model) if model is not None]
-        return fingerprint([*settings, self.el2n, self.ifd], self.encoder.tokenizer, models)
+        return fingerprint([*settings, self.scores], self.encoder.tokenizer, models)
 
     def __reduce__(self) -> Any:
         # `map` pickles its function to name its cache; copying a whole model for that would cost more than scoring.
         return _refuse_unpickling, (self.fingerprint(),)
+
+
+def _stored(value: Any, unscored: bool) -> Any:
+    """A score as it is stored: a number in float64, those of tokens in float32; NaN, or none of them, if unscored."""
+    value = np.asarray(value, np.float64)
+    if value.ndim:
+        return (value[:0] if unscored else value).astype(np.float32)
+    return np.float64("nan") if unscored else value[()]
 
 
 def _refuse_unpickling(fingerprint: str) -> EUScorer:

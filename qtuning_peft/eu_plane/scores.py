@@ -1,102 +1,186 @@
-"""Error and uncertainty of every supervised token, without ever holding the logits of a batch.
+"""Scores of rows and tokens by name: `@token_score` or `@row_score` on a function adds one.
 
     error        e_t = -log p(y_t | y_<t)
     uncertainty  u_t = -sum_v p(v | y_<t) log p(v | y_<t)          both in nats (Q-Tuning, arXiv 2509.23873)
 
-With s_v = logit_v - max logit, w_v = exp(s_v) and Z = sum_v w_v, one pass over the vocabulary gives both:
-e = log Z - s_y and u = log Z - (w . s) / Z. The pass goes over chunks of supervised positions.
+A score of tokens is a function of the model's predictions, computed for a chunk of supervised tokens at a time in the
+one pass over the data; its mean is the row's score. A score of rows is a function of the rows and their tokens' errors,
+and may run passes of its own.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..head import causal_model, head_of, positions_at_once
-from ..loss import supervised_positions
+from ..loss import IGNORE_INDEX
+from ..registry import Registry
+from .tokenized import Sample
 
-# Logits held at a time, whatever the vocabulary and the batch: 16 MiB of float32 where they should stay in a CPU's
-# cache, 256 MiB where a GPU should have enough to do.
-CHUNK_ELEMENTS = {"cpu": 2**22}
-CHUNK_ELEMENTS_ELSEWHERE = 2**26
+REPEATED = 4  # the n of n-grams in `repetition`
 
 
-class TokenScores(NamedTuple):
-    """Scores of supervised tokens, each (tokens,).
+class Predictions:
+    """The model's predictions of some supervised tokens, with what several scores are made of.
+
+    With s_v = logit_v - max logit, w_v = exp(s_v) and Z = sum_v w_v, p_v = w_v / Z.
+
+    Args:
+        logits: (tokens, vocabulary), of any floating dtype, overwritten; 16-bit ones are widened to float32.
+        targets: (tokens,), int64.
 
     Attributes:
-        error: Negative log-likelihood in nats.
-        uncertainty: Entropy of the prediction in nats.
-        el2n: Length of the difference between the predicted distribution and the one-hot target (EL2N, Paul et al.,
-            2021), if it was asked for.
+        shifted: s, (tokens, vocabulary).
+        weights: w, (tokens, vocabulary).
+        target: s of the target, (tokens,).
+        partition, log_partition: Z and log Z, (tokens,).
     """
 
-    error: Tensor
-    uncertainty: Tensor
-    el2n: Tensor | None = None
+    def __init__(self, logits: Tensor, targets: Tensor) -> None:
+        shifted = logits.float() if logits.dtype.itemsize == 2 else logits
+        self.shifted = shifted.sub_(shifted.amax(dim=-1, keepdim=True))
+        self.weights = self.shifted.exp()
+        self.target = self.shifted.gather(-1, targets[:, None]).squeeze(-1)
+        self.partition = self.weights.sum(dim=-1)
+        self.log_partition = self.partition.log()
 
 
-def scores_of_logits(logits: Tensor, targets: Tensor, el2n: bool = False) -> TokenScores:
-    """Scores from logits, which are overwritten.
+@dataclass
+class ScoredRows:
+    """Rows whose tokens have been scored, as scores of rows read them.
 
-    Args:
-        logits: (tokens, vocabulary), of any floating dtype; 16-bit ones are widened to float32.
-        targets: (tokens,), int64.
-        el2n: Whether to compute `el2n`.
+    Attributes:
+        samples: The samples of all rows; a packed row has several, and one that cannot be scored has none.
+        token_error: For every row (supervised tokens,), float64, nats.
+        run: From samples, and a model if not the one that scores, to their tokens' errors by row.
+        reference_model: The second model, if there is one.
     """
-    shifted = logits.float() if logits.dtype.itemsize == 2 else logits
-    shifted = shifted.sub_(shifted.amax(dim=-1, keepdim=True))  # (tokens, vocabulary)
-    target = shifted.gather(-1, targets[:, None]).squeeze(-1)  # (tokens,)
-    weights = shifted.exp()
-    partition = weights.sum(dim=-1)
-    log_partition = partition.log()
-    error = log_partition - target
-    uncertainty = log_partition - torch.linalg.vecdot(weights, shifted) / partition
-    distance = None
-    if el2n:
-        collision = torch.linalg.vecdot(weights, weights) / partition.square()  # sum of p^2
-        distance = (collision - 2 * (-error).exp() + 1).clamp_min(0).sqrt()
-    return TokenScores(error, uncertainty.clamp_min(0), distance)
+
+    samples: Sequence[Sample]
+    token_error: list[np.ndarray]
+    run: Callable[..., list[np.ndarray]]
+    reference_model: nn.Module | None = None
+
+    @cached_property
+    def answers(self) -> list[list[int]]:
+        """The supervised tokens of every row."""
+        answers: list[list[int]] = [[] for _ in self.token_error]
+        for sample in self.samples:
+            answers[sample.row] += [label for label in sample.labels if label != IGNORE_INDEX]
+        return answers
 
 
-def token_scores(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, el2n: bool = False
-) -> TokenScores:
-    """Scores of every supervised token of a right-padded batch.
+@dataclass(frozen=True)
+class Score:
+    """One score.
 
-    Args:
-        model: A causal language model of transformers, or a PEFT model around one.
-        input_ids: (batch, length), int64.
-        attention_mask: (batch, length), or `None` without padding.
-        labels: (batch, length), int64, -100 where a token is not supervised; the first of a row never is, as nothing
-            predicts it.
-        el2n: Whether to compute `el2n`.
-
-    Returns:
-        The scores, row after row.
-
-    Raises:
-        ValueError: when `model` is not a causal language model.
+    Attributes:
+        of: From [`Predictions`] to a value for each of the tokens, or from [`ScoredRows`] to one for each of the rows.
+        per_token: Which of the two it is.
     """
-    base = causal_model(model)
-    output = base.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return scores_of_hidden_states(base, output, labels, el2n)
+
+    of: Callable[[Any], Any]
+    per_token: bool
 
 
-def scores_of_hidden_states(base: Any, output: Any, labels: Tensor, el2n: bool = False) -> TokenScores:
-    """Scores from what the decoder of `base` returned; `labels` as in `token_scores`."""
-    hidden_states, targets = supervised_positions(output.last_hidden_state, labels)
-    elements = CHUNK_ELEMENTS.get(hidden_states.device.type, CHUNK_ELEMENTS_ELSEWHERE)
-    chunk = positions_at_once(base, elements)
-    head = head_of(base, output)
-    chunks = [
-        scores_of_logits(head(states), wanted, el2n)
-        for states, wanted in zip(hidden_states.split(chunk), targets.split(chunk), strict=True)
-    ]
-    return TokenScores(
-        error=torch.cat([scores.error for scores in chunks]),
-        uncertainty=torch.cat([scores.uncertainty for scores in chunks]),
-        el2n=torch.cat([scores.el2n for scores in chunks if scores.el2n is not None]) if el2n else None,
+OfTokens = Callable[[Predictions], Tensor]
+OfRows = Callable[[ScoredRows], Sequence[Any]]
+SCORES: Registry[Score] = Registry("scores")
+# What every row gets.
+ALWAYS = ("error", "uncertainty", "repetition")
+
+
+def token_score(name: str) -> Callable[[OfTokens], OfTokens]:
+    """Decorator: register a score of tokens, (tokens,). It gives the columns `token_NAME` and, its mean, `NAME`."""
+
+    def register(of: OfTokens) -> OfTokens:
+        SCORES.add(name, Score(of, per_token=True), of.__doc__)
+        return of
+
+    return register
+
+
+def row_score(name: str) -> Callable[[OfRows], OfRows]:
+    """Decorator: register a score of rows, for each a number, or an array (supervised tokens,), as column `NAME`."""
+
+    def register(of: OfRows) -> OfRows:
+        SCORES.add(name, Score(of, per_token=False), of.__doc__)
+        return of
+
+    return register
+
+
+def scores_of(columns: Collection[str]) -> tuple[str, ...]:
+    """The scores that give some of `columns`, those that every row gets excepted."""
+    return tuple(
+        name
+        for name, score in SCORES.items()
+        if name not in ALWAYS and (name in columns or (score.per_token and f"token_{name}" in columns))
     )
+
+
+@token_score("error")
+def error(predictions: Predictions) -> Tensor:
+    """Negative log-likelihood in nats: log Z - s_y."""
+    return predictions.log_partition - predictions.target
+
+
+@token_score("uncertainty")
+def uncertainty(predictions: Predictions) -> Tensor:
+    """Entropy of the prediction in nats: log Z - (w . s) / Z."""
+    mean = torch.linalg.vecdot(predictions.weights, predictions.shifted) / predictions.partition
+    return (predictions.log_partition - mean).clamp_min(0)
+
+
+@token_score("el2n")
+def el2n(predictions: Predictions) -> Tensor:
+    """Length of the difference between predicted distribution and one-hot target (Paul et al., NeurIPS 2021)."""
+    squares = torch.linalg.vecdot(predictions.weights, predictions.weights) / predictions.partition.square()
+    target = (predictions.target - predictions.log_partition).exp()  # p_y
+    return (squares - 2 * target + 1).clamp_min(0).sqrt()
+
+
+@row_score("repetition")
+def repetition(rows: ScoredRows) -> list[float]:
+    """Share of the 4-grams of the supervised tokens that occurred before, 0 to 1."""
+    return [repeated(answer) for answer in rows.answers]
+
+
+@row_score("ifd")
+def ifd(rows: ScoredRows) -> list[Any]:
+    """Instruction-following difficulty: perplexity after the prompt over perplexity without it; a second pass.
+
+    (Li et al., NAACL 2024.) Nothing predicts an answer's first token once its prompt is gone, so both leave it out.
+    """
+    alone = rows.run([Sample(i, a, [IGNORE_INDEX, *a[1:]]) for i, a in enumerate(rows.answers) if a])
+    return [
+        np.exp(mean(errors[1:]) - mean(without)) if len(errors) > 1 else np.nan
+        for errors, without in zip(rows.token_error, alone, strict=True)
+    ]
+
+
+@row_score("token_reference_error")
+def token_reference_error(rows: ScoredRows) -> list[np.ndarray]:
+    """The tokens' error under a reference model, which has to be given (Rho-1, Lin et al., NeurIPS 2024)."""
+    return rows.run(rows.samples, rows.reference_model)
+
+
+def repeated(tokens: Sequence[int]) -> float:
+    """Share of the 4-grams of `tokens` that occurred before, 0 to 1; 0 for fewer than 5 tokens.
+
+    Text that repeats itself looks perfect to error and uncertainty alike: a loop is easy to predict. No model is needed
+    to see it. (seq-rep-n of Welleck et al., 2020.)
+    """
+    grams = [tuple(tokens[start : start + REPEATED]) for start in range(len(tokens) - REPEATED + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def mean(values: np.ndarray) -> np.float64:
+    """Mean in float64, NaN of nothing."""
+    return np.float64(values.mean(dtype=np.float64)) if len(values) else np.float64("nan")

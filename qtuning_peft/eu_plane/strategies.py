@@ -1,31 +1,45 @@
-"""Other ways to choose samples and tokens, behind the same interface, to compare with.
+"""Sample strategies: the Error-Uncertainty plane of Q-Tuning, and others to compare with.
 
-A sample strategy gives every row a priority; those with the highest are kept, as many as the budget allows:
-
-    random               none: a hash of the row's tokens and the seed
-    longest              most supervised tokens
-    highest_perplexity   highest error                   lowest_perplexity   lowest error
-    entropy              highest uncertainty
-    el2n                 highest mean distance of prediction and target (Paul et al., NeurIPS 2021)
-    infobatch            above the mean error first, then at random (Qin et al., ICLR 2024, without its rescaling of
-                         gradients, for which no trainer has a column)
-    ifd                  highest instruction-following difficulty below 1 (Li et al., NAACL 2024)
-
-A token strategy scores tokens, and the lowest are kept: `neighbours` (Q-Tuning), `random`, and `rho1`, the excess error
-over a reference model, highest kept (Lin et al., NeurIPS 2024).
+The plane has thresholds. The others give every row a priority, and the rows with the highest are kept, as many as the
+budget allows.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
-from .tokens import neighbour_scores
+from .quadrants import QUADRANTS, Thresholds, find_thresholds
+from .selection import SAMPLE_STRATEGIES, Budget, HighestPriority, SampleStrategy, sample_strategy
 
-Columns = Mapping[str, Any]
+if TYPE_CHECKING:
+    from .pruner import EUPruner
+
+
+@SAMPLE_STRATEGIES.register("eu_plane")
+class EUPlane(SampleStrategy):
+    """Misconceptions and calibration samples of the Error-Uncertainty plane (Q-Tuning).
+
+    Attributes:
+        thresholds: Between low and high, once it is fitted.
+    """
+
+    columns = ("error", "uncertainty")
+    quadrants = QUADRANTS
+    thresholds: Thresholds
+
+    def fit(self, rows: pd.DataFrame, budget: Budget) -> None:
+        """Find the thresholds."""
+        error, uncertainty = rows["error"].to_numpy(), rows["uncertainty"].to_numpy()
+        self.thresholds = find_thresholds(error, uncertainty, budget.target, budget.cost)
+
+    def __call__(self, rows: pd.DataFrame) -> np.ndarray:
+        """Quadrant of every row, (rows,)."""
+        return self.thresholds.quadrants(rows["error"].to_numpy(), rows["uncertainty"].to_numpy())
 
 
 def row_hash(input_ids: Sequence[int], seed: int) -> float:
@@ -34,45 +48,64 @@ def row_hash(input_ids: Sequence[int], seed: int) -> float:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") / 2**64
 
 
-def _random(rows: Columns, seed: int, mean_error: float) -> np.ndarray:
-    return np.array([row_hash(input_ids, seed) for input_ids in rows["input_ids"]])
+@sample_strategy("random", "input_ids")
+def random(rows: pd.DataFrame, options: EUPruner) -> Any:
+    """Any rows: the highest hashes of a row's tokens and the seed."""
+    return np.array([row_hash(input_ids, options.seed) for input_ids in rows["input_ids"]])
 
 
-def _infobatch(rows: Columns, seed: int, mean_error: float) -> np.ndarray:
-    return (np.asarray(rows["error"]) >= mean_error) + _random(rows, seed, mean_error)
+@sample_strategy("longest", "supervised_tokens")
+def longest(rows: pd.DataFrame, options: EUPruner) -> Any:
+    """Most supervised tokens."""
+    return rows["supervised_tokens"]
 
 
-def _ifd(rows: Columns, seed: int, mean_error: float) -> np.ndarray:
+@sample_strategy("highest_perplexity", "error")
+def highest_perplexity(rows: pd.DataFrame, options: EUPruner) -> Any:
+    """Highest error."""
+    return rows["error"]
+
+
+@sample_strategy("lowest_perplexity", "error")
+def lowest_perplexity(rows: pd.DataFrame, options: EUPruner) -> Any:
+    """Lowest error."""
+    return -rows["error"]
+
+
+@sample_strategy("entropy", "uncertainty")
+def entropy(rows: pd.DataFrame, options: EUPruner) -> Any:
+    """Highest uncertainty."""
+    return rows["uncertainty"]
+
+
+@sample_strategy("el2n", "el2n")
+def el2n(rows: pd.DataFrame, options: EUPruner) -> Any:
+    """Highest mean distance of prediction and target (Paul et al., NeurIPS 2021)."""
+    return rows["el2n"]
+
+
+@sample_strategy("ifd", "ifd")
+def ifd(rows: pd.DataFrame, options: EUPruner) -> Any:
+    """Highest instruction-following difficulty below 1 (Li et al., NAACL 2024)."""
     # At 1 and above the prompt does not help: answer and prompt do not belong together.
-    ifd = np.nan_to_num(np.asarray(rows["ifd"], np.float64), nan=np.inf)
-    return np.where(ifd < 1, ifd, -ifd)
+    difficulty = rows["ifd"].fillna(np.inf)
+    return np.where(difficulty < 1, difficulty, -difficulty)
 
 
-# name: (columns it reads, priority of (rows, seed, mean error))
-SAMPLE_STRATEGIES: dict[str, tuple[tuple[str, ...], Callable[[Columns, int, float], np.ndarray]]] = {
-    "random": (("input_ids",), _random),
-    "longest": (("supervised_tokens",), lambda rows, *_: np.asarray(rows["supervised_tokens"], np.float64)),
-    "highest_perplexity": (("error",), lambda rows, *_: np.asarray(rows["error"])),
-    "lowest_perplexity": (("error",), lambda rows, *_: -np.asarray(rows["error"])),
-    "entropy": (("uncertainty",), lambda rows, *_: np.asarray(rows["uncertainty"])),
-    "el2n": (("el2n",), lambda rows, *_: np.asarray(rows["el2n"])),
-    "infobatch": (("input_ids", "error"), _infobatch),
-    "ifd": (("ifd",), _ifd),
-}
+@SAMPLE_STRATEGIES.register("infobatch")
+class InfoBatch(HighestPriority):
+    """Error above the mean first, then at random (Qin et al., ICLR 2024).
 
-# name: (columns it reads, scores of (one row, lambda, seed))
-TOKEN_STRATEGIES: dict[str, tuple[tuple[str, ...], Callable[[Columns, float, int], np.ndarray]]] = {
-    "neighbours": (("token_error",), lambda row, weight, _: neighbour_scores(np.asarray(row["token_error"]), weight)),
-    "random": (
-        ("input_ids", "token_error"),
-        lambda row, _, seed: np.random.default_rng(int(row_hash(row["input_ids"], seed) * 2**53)).random(
-            len(row["token_error"])
-        ),
-    ),
-    "rho1": (
-        ("token_error", "token_reference_error"),
-        lambda row, *_: (
-            np.asarray(row["token_reference_error"], np.float64) - np.asarray(row["token_error"], np.float64)
-        ),
-    ),
-}
+    Without its rescaling of gradients, for which no trainer has a column.
+    """
+
+    columns = ("input_ids", "error")
+
+    def fit(self, rows: pd.DataFrame, budget: Budget) -> None:
+        """Find the mean error and the lowest priority that is kept."""
+        self.mean_error = float(rows["error"].mean())
+        super().fit(rows, budget)
+
+    def priority(self, rows: pd.DataFrame) -> Any:
+        """1 above the mean error, and a random share of 1 for every row, (rows,)."""
+        return (rows["error"].to_numpy() >= self.mean_error) + random(rows, self.options)

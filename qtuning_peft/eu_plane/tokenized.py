@@ -5,7 +5,7 @@ Padding is taken away and packed samples are told apart, so that scores depend o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -15,6 +15,15 @@ from ..loss import IGNORE_INDEX
 
 class RowError(ValueError):
     """Why one row cannot be scored; the others can."""
+
+
+@dataclass
+class Sample:
+    """One sample of one row: its place among the rows, its tokens and its labels, each (length,)."""
+
+    row: int
+    input_ids: list[int]
+    labels: list[int]
 
 
 @dataclass
@@ -53,6 +62,12 @@ class EncodedRow:
     def positions(self) -> list[int]:
         """Indices of the supervised tokens."""
         return [index for index, label in enumerate(self.labels) if label != IGNORE_INDEX]
+
+    def samples(self, row: int) -> Iterator[tuple[int, Sample]]:
+        """The samples that have supervised tokens and where they begin; the row's place among others is `row`."""
+        for start, stop in pairwise(self.bounds):
+            if any(label != IGNORE_INDEX for label in self.labels[start:stop]):
+                yield start, Sample(row, self.input_ids[start:stop], self.labels[start:stop])
 
 
 def tokenized(row: Mapping[str, Any]) -> EncodedRow:

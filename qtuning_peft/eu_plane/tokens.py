@@ -9,10 +9,70 @@ paper's text says "top", its purpose, "removing locally detrimental or noisy tok
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ..registry import Registry
+from .strategies import row_hash
+
+if TYPE_CHECKING:
+    from .pruner import EUPruner
+
+Row = Mapping[str, Any]
+Ranking = Callable[[Row, "EUPruner"], np.ndarray]
+
+
+@dataclass(frozen=True)
+class TokenStrategy:
+    """How tokens are ranked.
+
+    Attributes:
+        columns: Columns of the data that it reads; those that a score provides are computed for it.
+        scores: From (row, options) to scores (supervised tokens,), of which the lowest are kept.
+    """
+
+    columns: tuple[str, ...]
+    scores: Ranking
+
+
+TOKEN_STRATEGIES: Registry[TokenStrategy] = Registry("token_strategy")
+
+
+def token_strategy(name: str, *columns: str) -> Callable[[Ranking], Ranking]:
+    """Decorator: register a function of (row, options) that scores a row's supervised tokens, the lowest kept.
+
+    Args:
+        name: Name of the strategy.
+        *columns: Columns that the function reads; those that a score provides are computed for it.
+    """
+
+    def register(function: Ranking) -> Ranking:
+        TOKEN_STRATEGIES.add(name, TokenStrategy(columns, function), function.__doc__)
+        return function
+
+    return register
+
+
+@token_strategy("neighbours", "token_error")
+def neighbours(row: Row, options: EUPruner) -> np.ndarray:
+    """Lowest perplexity of a token and its neighbours (Q-Tuning)."""
+    return neighbour_scores(np.asarray(row["token_error"]), options.neighbour_weight)
+
+
+@token_strategy("random", "input_ids", "token_error")
+def random(row: Row, options: EUPruner) -> np.ndarray:
+    """Any tokens, drawn by a row's tokens and the seed."""
+    rng = np.random.default_rng(int(row_hash(row["input_ids"], options.seed) * 2**53))
+    return rng.random(len(row["token_error"]))
+
+
+@token_strategy("rho1", "token_error", "token_reference_error")
+def rho1(row: Row, options: EUPruner) -> np.ndarray:
+    """Highest excess error over a reference model (Rho-1, Lin et al., NeurIPS 2024)."""
+    return np.asarray(row["token_reference_error"], np.float64) - np.asarray(row["token_error"], np.float64)
 
 
 def neighbour_scores(token_error: np.ndarray, neighbour_weight: float = 0.5) -> np.ndarray:
@@ -33,7 +93,7 @@ def neighbour_scores(token_error: np.ndarray, neighbour_weight: float = 0.5) -> 
     return (1 - neighbour_weight) * perplexity + neighbour_weight * (padded[:-2] + padded[2:]) / 2
 
 
-def kept_counts(tokens: np.ndarray, token_ratio: float) -> np.ndarray:
+def kept_counts(tokens: Any, token_ratio: float) -> np.ndarray:
     """How many of `tokens` (samples,) supervised tokens stay: the nearest count, at least one."""
     return np.where(tokens > 0, np.maximum(1, np.floor(tokens * token_ratio + 0.5)), 0)
 
@@ -49,7 +109,7 @@ def keep_lowest(scores: np.ndarray, token_ratio: float, protected: np.ndarray) -
     Returns:
         (tokens,), bool.
     """
-    count = int(kept_counts(np.array(len(scores)), token_ratio))
+    count = int(kept_counts(len(scores), token_ratio))
     ranked = np.lexsort((np.arange(len(scores)), scores, ~protected))
     kept = protected.copy()
     kept[ranked[:count]] = True
@@ -96,19 +156,3 @@ def pieces_of(tokenizer: Any, tokens: Sequence[int], context: int = 8) -> list[s
         pieces.append(text[len(tokenizer.decode(list(tokens[start:complete]))) :])
         complete = end
     return pieces
-
-
-def without_tokens(row: Mapping[str, Any], stays: np.ndarray) -> dict[str, Any]:
-    """The per-token columns of `row` with only the tokens of `stays` (length,), positions counted anew."""
-    per_token = ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks", "token_type_ids")
-    result: dict[str, Any] = {
-        name: np.asarray(row[name])[stays].tolist() for name in per_token if row.get(name) is not None
-    }
-    if row.get("position_ids") is not None:
-        starts = np.flatnonzero(np.asarray(row["position_ids"]) == 0)
-        sizes = [int(part.sum()) for part in np.split(stays, starts[1:])]
-        result["position_ids"] = [position for size in sizes for position in range(size)]
-    if row.get("seq_lengths") is not None:
-        ends = np.cumsum(row["seq_lengths"])
-        result["seq_lengths"] = [int(part.sum()) for part in np.split(stays, ends[:-1])]
-    return result

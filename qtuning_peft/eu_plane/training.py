@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,11 +23,11 @@ from ..head import causal_model
 from ..loss import IGNORE_INDEX
 from ..side_tuning.follow import BaseStates, follower_of, record_states
 from ..states import reuse_of
-from .batching import COLUMNS, Piece, by_piece, mean, run
+from .batching import PLANE, by_sample, run, scores_of_hidden_states
 from .pruner import EUPruner
-from .scores import scores_of_hidden_states
+from .scores import SCORES, mean
 from .selection import KEEP, TRIM
-from .tokenized import RowError, tokenized
+from .tokenized import RowError, Sample, tokenized
 
 # Tensors of a batch with one entry for each token.
 PER_TOKEN = (
@@ -84,61 +83,54 @@ class PruningCollator:
             ValueError: when the batch has no labels, or packed samples whose positions do not tell them apart.
         """
         batch: dict[str, Any] = dict(self.collate(examples))
-        places, pieces = samples_of(batch)
-        if not pieces:
+        places, samples = samples_of(batch)
+        if not samples:
             return batch
         device = causal_model(self.model).get_input_embeddings().weight.device
         with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            scores, states = self._score(batch, places, pieces)
-        columns: dict[str, list[Any]] = {
-            "error": [mean(values) for values in scores["token_error"]],
-            "uncertainty": [mean(values) for values in scores["token_uncertainty"]],
-            "supervised_tokens": [len(values) for values in scores["token_error"]],
-            "input_ids": [piece.input_ids for piece in pieces],
-        }
+            scores, states = self._score(batch, places, samples)
+        columns: dict[str, list[Any]] = {name: [mean(values) for values in rows] for name, rows in scores.items()}
         if not all(np.isfinite(error) for error in columns["error"]):
             raise ValueError("The model's output is not finite for a batch; it cannot be pruned, nor trained on.")
-        if "token_el2n" in scores:
-            columns["el2n"] = [mean(values) for values in scores["token_el2n"]]
+        columns["supervised_tokens"] = [len(values) for values in scores["error"]]
+        columns["input_ids"] = [sample.input_ids for sample in samples]
 
         labels = torch.full_like(batch["labels"], IGNORE_INDEX)
         kept_places = []
         for index, quadrant in enumerate(self.pruner.quadrants(columns)):
             if quadrant in KEEP:
-                place, piece = places[index], pieces[index]
-                columns_of_tokens = np.flatnonzero(np.array(piece.labels) != IGNORE_INDEX) + place.start
+                place, sample = places[index], samples[index]
+                columns_of_tokens = np.flatnonzero(np.array(sample.labels) != IGNORE_INDEX) + place.start
                 if quadrant in TRIM and self.pruner.token_ratio < 1:
-                    row = {"input_ids": piece.input_ids, "labels": piece.labels} | {
-                        name: values[index] for name, values in scores.items()
-                    }
+                    row = vars(sample) | {f"token_{name}": rows[index] for name, rows in scores.items()}
                     columns_of_tokens = columns_of_tokens[self.pruner.kept_tokens(row)]
                 labels[place.row, columns_of_tokens] = batch["labels"][place.row, columns_of_tokens]
                 kept_places.append(place)
-        self.samples += len(pieces)
+        self.samples += len(samples)
         self.kept_samples += len(kept_places)
         self.tokens += sum(columns["supervised_tokens"])
         self.kept_tokens += int((labels != IGNORE_INDEX).sum())
         return self._without_dropped(batch | {"labels": labels}, kept_places, states)
 
     def _score(
-        self, batch: dict[str, Any], places: list[Place], pieces: list[Piece]
+        self, batch: dict[str, Any], places: list[Place], samples: list[Sample]
     ) -> tuple[dict[str, list[np.ndarray]], BaseStates | None]:
         """Scores of every sample's tokens, and the base's states if there is a side network to use them."""
-        el2n = self.pruner.strategy == "el2n"
+        names = (*PLANE, *self.pruner.scores)
         follower = follower_of(self.model)
         if follower is None or follower.host.active_network() is None:
-            return run(self.model, pieces, len(pieces), self.tokens_per_batch, el2n), None
+            return run(self.model, samples, len(samples), self.tokens_per_batch, names), None
         model = causal_model(self.model)
         device = model.get_input_embeddings().weight.device
         inputs = {n: batch[n].to(device) for n in ("input_ids", "attention_mask", "position_ids") if n in batch}
         labels = torch.full_like(batch["labels"], IGNORE_INDEX)
-        for place, piece in zip(places, pieces, strict=True):
-            labels[place.row, place.start : place.stop] = torch.tensor(piece.labels)
+        for place, sample in zip(places, samples, strict=True):
+            labels[place.row, place.start : place.stop] = torch.tensor(sample.labels)
         with torch.no_grad():
             states = record_states(self.model, **inputs)
-            found = scores_of_hidden_states(model, states.output, labels.to(device), el2n)
-        parts = by_piece(found, pieces)
-        return {name: [part[i] for part in parts] for i, name in enumerate(COLUMNS[: 2 + el2n])}, states
+            found = scores_of_hidden_states(model, states.output, labels.to(device), names)
+        parts = by_sample(found, samples)
+        return {name: [part[i] for part in parts] for i, name in enumerate(names)}, states
 
     def _without_dropped(self, batch: dict[str, Any], kept: list[Place], states: BaseStates | None) -> dict[str, Any]:
         """`batch` without dropped samples: without their rows, or, in a packed row, without their tokens."""
@@ -186,16 +178,12 @@ class EUPruningCallback(TrainerCallback):
     def __init__(self, pruner: EUPruner, tokens_per_batch: int = 4096) -> None:
         if pruner.sample_ratio is None:
             raise ValueError("sample_ratio is None; budgets of mini-batches are shares of their samples.")
-        for name, wrong in (
-            ("remove_tokens", pruner.remove_tokens),
-            ("stratum_column", pruner.stratum_column),
-            ("max_repetition", pruner.max_repetition),
-            ("keep_dropped", pruner.keep_dropped),
-        ):
-            if wrong:
-                raise ValueError(f"{name} is {wrong}; it works on data sets, not on mini-batches.")
-        if pruner.strategy == "ifd" or pruner.token_strategy == "rho1":
-            raise ValueError("ifd and rho1 need passes of their own; score the data set and prune it before training.")
+        for name in ("max_repetition", "keep_dropped"):
+            if getattr(pruner, name):
+                raise ValueError(f"{name} is {getattr(pruner, name)}; it works on data sets, not on mini-batches.")
+        for name in pruner.scores:
+            if not SCORES[name].per_token:
+                raise ValueError(f"{name} needs a pass of its own; score the data set and prune it before training.")
         self.pruner = replace(pruner, per_batch=True)
         self.tokens_per_batch = tokens_per_batch
         self.collator: PruningCollator | None = None
@@ -252,7 +240,7 @@ def forget_states(model: nn.Module) -> None:
         reuse.waiting = []
 
 
-def samples_of(batch: dict[str, Any]) -> tuple[list[Place], list[Piece]]:
+def samples_of(batch: dict[str, Any]) -> tuple[list[Place], list[Sample]]:
     """The samples of a batch that have supervised tokens, without padding, and where they lie.
 
     Raises:
@@ -262,7 +250,7 @@ def samples_of(batch: dict[str, Any]) -> tuple[list[Place], list[Piece]]:
         if not isinstance(batch.get(name), Tensor):
             raise ValueError(f"The collator returns no {name}, which pruning needs; use one that does.")
     places: list[Place] = []
-    pieces: list[Piece] = []
+    samples: list[Sample] = []
     for row, labels in enumerate(batch["labels"]):
         values = {n: batch[n][row] for n in ("input_ids", "attention_mask", "position_ids") if n in batch}
         seen = torch.nonzero(values.get("attention_mask", torch.ones_like(labels))).flatten()
@@ -270,8 +258,8 @@ def samples_of(batch: dict[str, Any]) -> tuple[list[Place], list[Piece]]:
             encoded = tokenized(values | {"labels": labels})
         except RowError as error:
             raise ValueError(f"Row {row} of a batch cannot be pruned: {error}.") from error
-        for start, stop in pairwise(encoded.bounds):
-            if any(label != IGNORE_INDEX for label in encoded.labels[start:stop]):
-                pieces.append(Piece(len(pieces), encoded.input_ids[start:stop], encoded.labels[start:stop]))
-                places.append(Place(row, int(seen[0]) + start, int(seen[0]) + stop))
-    return places, pieces
+        for begin, sample in encoded.samples(row):
+            start = int(seen[0]) + begin
+            samples.append(replace(sample, row=len(samples)))
+            places.append(Place(row, start, start + len(sample.labels)))
+    return places, samples

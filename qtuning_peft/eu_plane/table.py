@@ -1,0 +1,76 @@
+"""Columns of scored data as a table of pandas, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+
+from ..loss import IGNORE_INDEX
+from .scores import SCORES, scores_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Data: TypeAlias = "Dataset | Mapping[str, Sequence[Any]]"
+
+
+def names_of(data: Data) -> Collection[str]:
+    """Names of the columns of `data`."""
+    return getattr(data, "column_names", None) or data.keys()
+
+
+def require(needed: Collection[str], given: Collection[str]) -> None:
+    """Check that all of the columns `needed` are `given`.
+
+    Raises:
+        ValueError: naming the scores to compute, when they are not.
+    """
+    missing = sorted({*needed} - {*given})
+    if missing:
+        scores = scores_of(missing)
+        advice = f" and scores={scores}" if scores else ""
+        raise ValueError(f"The data has no column {', '.join(missing)}; score the data with EUScorer{advice} first.")
+
+
+def read_table(data: Data, needed: Collection[str]) -> pd.DataFrame:
+    """The columns `needed` of scored data, and `unscored`, whether a row has no score.
+
+    Raises:
+        ValueError: when a column is missing, or a score is not a finite number.
+    """
+    require(needed, names_of(data))
+    rows = pd.DataFrame({name: plain(data[name][:]) for name in needed})
+    if rows.empty:
+        raise ValueError("The data is empty; there is nothing to prune.")
+    rows["unscored"] = list(map(bool, data["unscored"][:])) if "unscored" in names_of(data) else False
+    for name in sorted({*needed} & {"supervised_tokens", *SCORES}):
+        try:
+            rows[name] = pd.to_numeric(rows[name]).astype(np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Column {name} holds something other than numbers; score the data again.") from error
+        if name in SCORES and not SCORES[name].per_token:
+            # May be undefined for some rows, as `ifd` is for answers of one token.
+            continue
+        broken = np.flatnonzero(~np.isfinite(rows[name]) & ~rows["unscored"])
+        if len(broken):
+            raise ValueError(
+                f"{name} of row {broken[0]} is {rows[name][broken[0]]}; score the data again, in a wider dtype if the "
+                "model's output overflowed."
+            )
+    return rows
+
+
+def plain(column: Any) -> Any:
+    """A column of any of `datasets`' formats as a list."""
+    if isinstance(column, (str, bytes, dict, float, int)) or column is None:
+        return column
+    column = column.tolist() if hasattr(column, "tolist") else list(column)
+    return [value.tolist() if hasattr(value, "tolist") else value for value in column]
+
+
+def supervised(labels: Sequence[int]) -> list[int]:
+    """The supervised tokens among `labels`."""
+    return [label for label in labels if label != IGNORE_INDEX]
