@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import pandas as pd
@@ -22,8 +22,13 @@ import pandas as pd
 from ..registry import Registry
 from .quadrants import CALIBRATION, MISCONCEPTION
 
-if TYPE_CHECKING:
-    from .pruner import EUPruner
+
+class Options(Protocol):
+    """What strategies read of `EUPruner`."""
+
+    seed: int
+    neighbour_weight: float
+
 
 # Beside the quadrants: what most strategies say of a row, and rows that no strategy judges.
 KEPT, DROPPED, DEGENERATE, UNSCORED = "kept", "dropped", "degenerate", "unscored"
@@ -65,7 +70,7 @@ class SampleStrategy(ABC):
     columns: ClassVar[tuple[str, ...]] = ()
     quadrants: ClassVar[tuple[str, ...]] = (KEPT, DROPPED)
 
-    def __init__(self, options: EUPruner) -> None:
+    def __init__(self, options: Options) -> None:
         self.options = options
 
     @abstractmethod
@@ -100,7 +105,7 @@ class HighestPriority(SampleStrategy):
         return np.where(np.asarray(self.priority(rows), np.float64) >= self.lowest, KEPT, DROPPED)
 
 
-Priority = Callable[[pd.DataFrame, "EUPruner"], Any]
+Priority = Callable[[pd.DataFrame, Options], Any]
 SAMPLE_STRATEGIES: Registry[type[SampleStrategy]] = Registry("strategy")
 
 

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from .quadrants import QUADRANTS, Thresholds, find_thresholds
-from .selection import SAMPLE_STRATEGIES, Budget, HighestPriority, SampleStrategy, sample_strategy
-
-if TYPE_CHECKING:
-    from .pruner import EUPruner
+from .selection import SAMPLE_STRATEGIES, Budget, HighestPriority, Options, SampleStrategy, sample_strategy
 
 
 @SAMPLE_STRATEGIES.register("eu_plane")
@@ -49,43 +46,43 @@ def row_hash(input_ids: Sequence[int], seed: int) -> float:
 
 
 @sample_strategy("random", "input_ids")
-def random(rows: pd.DataFrame, options: EUPruner) -> Any:
+def random(rows: pd.DataFrame, options: Options) -> Any:
     """Any rows: the highest hashes of a row's tokens and the seed."""
     return np.array([row_hash(input_ids, options.seed) for input_ids in rows["input_ids"]])
 
 
 @sample_strategy("longest", "supervised_tokens")
-def longest(rows: pd.DataFrame, options: EUPruner) -> Any:
+def longest(rows: pd.DataFrame, options: Options) -> Any:
     """Most supervised tokens."""
     return rows["supervised_tokens"]
 
 
 @sample_strategy("highest_perplexity", "error")
-def highest_perplexity(rows: pd.DataFrame, options: EUPruner) -> Any:
+def highest_perplexity(rows: pd.DataFrame, options: Options) -> Any:
     """Highest error."""
     return rows["error"]
 
 
 @sample_strategy("lowest_perplexity", "error")
-def lowest_perplexity(rows: pd.DataFrame, options: EUPruner) -> Any:
+def lowest_perplexity(rows: pd.DataFrame, options: Options) -> Any:
     """Lowest error."""
     return -rows["error"]
 
 
 @sample_strategy("entropy", "uncertainty")
-def entropy(rows: pd.DataFrame, options: EUPruner) -> Any:
+def entropy(rows: pd.DataFrame, options: Options) -> Any:
     """Highest uncertainty."""
     return rows["uncertainty"]
 
 
 @sample_strategy("el2n", "el2n")
-def el2n(rows: pd.DataFrame, options: EUPruner) -> Any:
+def el2n(rows: pd.DataFrame, options: Options) -> Any:
     """Highest mean distance of prediction and target (Paul et al., NeurIPS 2021)."""
     return rows["el2n"]
 
 
 @sample_strategy("ifd", "ifd")
-def ifd(rows: pd.DataFrame, options: EUPruner) -> Any:
+def ifd(rows: pd.DataFrame, options: Options) -> Any:
     """Highest instruction-following difficulty below 1 (Li et al., NAACL 2024)."""
     # At 1 and above the prompt does not help: answer and prompt do not belong together.
     difficulty = rows["ifd"].fillna(np.inf)

@@ -11,18 +11,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..registry import Registry
+from .selection import Options
 from .strategies import row_hash
 
-if TYPE_CHECKING:
-    from .pruner import EUPruner
-
 Row = Mapping[str, Any]
-Ranking = Callable[[Row, "EUPruner"], np.ndarray]
+Ranking = Callable[[Row, Options], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -57,20 +55,20 @@ def token_strategy(name: str, *columns: str) -> Callable[[Ranking], Ranking]:
 
 
 @token_strategy("neighbours", "token_error")
-def neighbours(row: Row, options: EUPruner) -> np.ndarray:
+def neighbours(row: Row, options: Options) -> np.ndarray:
     """Lowest perplexity of a token and its neighbours (Q-Tuning)."""
     return neighbour_scores(np.asarray(row["token_error"]), options.neighbour_weight)
 
 
 @token_strategy("random", "input_ids", "token_error")
-def random(row: Row, options: EUPruner) -> np.ndarray:
+def random(row: Row, options: Options) -> np.ndarray:
     """Any tokens, drawn by a row's tokens and the seed."""
     rng = np.random.default_rng(int(row_hash(row["input_ids"], options.seed) * 2**53))
     return rng.random(len(row["token_error"]))
 
 
 @token_strategy("rho1", "token_error", "token_reference_error")
-def rho1(row: Row, options: EUPruner) -> np.ndarray:
+def rho1(row: Row, options: Options) -> np.ndarray:
     """Highest excess error over a reference model (Rho-1, Lin et al., NeurIPS 2024)."""
     return np.asarray(row["token_reference_error"], np.float64) - np.asarray(row["token_error"], np.float64)
 
