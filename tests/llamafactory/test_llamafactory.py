@@ -147,7 +147,7 @@ def test_a_side_network_in_engine_v1(base: Path, tmp_path: Path) -> None:
     # A fresh side network is the base; and what is saved is what was trained.
     assert losses[0] == pytest.approx(mean_loss(model, data), abs=2e-3)
     trained = PeftModel.from_pretrained(model, tmp_path / "out")
-    assert trained.peft_config["default"].reduction_factor == 8
+    assert trained.peft_config["default"].reduction_factor == recipe["peft_config"]["reduction_factor"] == 4
     assert mean_loss(trained, data) < min(losses) < losses[0] - 0.1
 
 
@@ -155,7 +155,7 @@ def test_a_wrong_block_is_refused(base: Path) -> None:
     from llamafactory.v1.plugins.model_plugins.peft import PeftPlugin
 
     register_qst()
-    with pytest.raises(ValueError, match=r"peft_config\.rank is no field; choose from r, downsample"):
+    with pytest.raises(ValueError, match=r"peft_config\.rank is no field; choose from reduction_factor, downsample"):
         PeftPlugin("qst")(AutoModelForCausalLM.from_pretrained(base), {"name": "qst", "rank": 4}, True)
 
 

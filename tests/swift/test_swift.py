@@ -200,8 +200,11 @@ def test_the_recipe_for_a_cpu_runs(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"model_kwargs": {"qts": {"r": 8}}}, "model_kwargs has the keys qts, but tuner_type is 'qst'; add qst"),
-        ({"model_kwargs": {"qst": {"rank": 8}}}, "model_kwargs.qst.rank is no field; choose from r, "),
+        (
+            {"model_kwargs": {"qts": {"reduction_factor": 8}}},
+            "model_kwargs has the keys qts, but tuner_type is 'qst'; add qst",
+        ),
+        ({"model_kwargs": {"qst": {"rank": 8}}}, "model_kwargs.qst.rank is no field; choose from reduction_factor, "),
         ({"model_kwargs": {"qst": {"reduction_factor": 0}}}, "reduction_factor is 0; give an integer of at least 2"),
         ({"model_kwargs": {"qst": {}, "eu_pruning": {}}}, "has eu_pruning, but callbacks is ..; add eu_pruning to it"),
         ({"model_kwargs": {"qst": {}}, "task_type": "embedding"}, "task_type is 'embedding'; choose from causal_lm"),
