@@ -41,36 +41,28 @@ ENTRIES: dict[tuple[str, ...], dict[str, Any]] = {
     ("messages",): {
         "formatting": "sharegpt",
         "columns": {"messages": "messages"},
-        "tags": {
-            "role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
-            "system_tag": "system",
-        },
+        "tags": {f"{tag}_tag": tag for tag in ("role", "content", "user", "assistant", "system")},
     },
     ("conversations",): {"formatting": "sharegpt", "columns": {"messages": "conversations"}},
     ("prompt", "completion"): {"columns": {"prompt": "prompt", "response": "completion"}},
     ("instruction", "input", "output"): {},
     ("instruction", "output"): {"columns": {"prompt": "instruction", "response": "output"}},
-}  # fmt: skip
+}
 
 
-def register_dataset(info_file: Path, name: str, data_file: Path) -> dict[str, Any]:
-    """Add pruned data to LLaMA-Factory's list of data sets, or replace it there.
+Rows = Annotated[Path, typer.Argument(help="Kept rows that `qtuning prune` wrote.")]
+Name = Annotated[str, typer.Option(help="What `dataset:` in a recipe calls the data.")]
+InfoFile = Annotated[Path, typer.Option(help="The dataset_info.json of LLaMA-Factory's dataset_dir.")]
+Folder = Annotated[Path, typer.Option("--output", "-o", help="Folder, for `tokenized_path:` in a recipe.")]
 
-    Args:
-        info_file: The `dataset_info.json` of its `dataset_dir`; made if it does not exist.
-        name: What `dataset:` in a recipe calls the data.
-        data_file: What `qtuning prune` wrote with `token_ratio` 1: JSON lines or Parquet, with texts.
 
-    Returns:
-        The entry.
-
-    Raises:
-        ValueError: in one sentence, when the data or the list cannot be used.
-    """
-    if data_file.is_dir():
-        raise ValueError(f"{data_file} is a folder; have `qtuning prune` write a file that ends in .jsonl or .parquet.")
+@app.command()
+def register(rows: Rows, name: Name, info_file: InfoFile = Path("data/dataset_info.json")) -> None:
+    """Add whole kept samples, .jsonl or .parquet, to LLaMA-Factory's dataset_info.json, or replace them there."""
+    if rows.is_dir():
+        raise ValueError(f"{rows} is a folder; have `qtuning prune` write a file that ends in .jsonl or .parquet.")
     # Joined to the folder of the list by LLaMA-Factory, which leaves an absolute path as it is.
-    entry = {"file_name": str(data_file.absolute()), **_entry(read_data(data_file))}
+    entry = {"file_name": str(rows.absolute()), **_entry(read_data(rows))}
     try:
         listed = json.loads(info_file.read_text(encoding="utf-8")) if info_file.exists() else {}
     except ValueError as error:
@@ -80,7 +72,7 @@ def register_dataset(info_file: Path, name: str, data_file: Path) -> dict[str, A
     with replacing(info_file) as unfinished:
         text = json.dumps(listed | {name: entry}, indent=2, ensure_ascii=False)
         unfinished.write_text(text + "\n", encoding="utf-8")
-    return entry
+    typer.echo(f"{info_file}: {json.dumps({name: entry})}")
 
 
 def _entry(data: Dataset) -> dict[str, Any]:
@@ -103,25 +95,18 @@ def _entry(data: Dataset) -> dict[str, Any]:
     return found
 
 
-def write_tokenized(data: Dataset, folder: Path) -> Dataset:
-    """Write kept rows, whole or trimmed, as LLaMA-Factory's `tokenized_path` wants them.
-
-    Args:
-        data: Rows with `input_ids` and `labels`, as `EUPruner` leaves them. Everything else is left out, as
-            LLaMA-Factory would make tensors of it.
-        folder: Where to write; replaced if it is a data set.
-
-    Raises:
-        ValueError: when there are no tokens, or no place to write.
-    """
+@app.command()
+def tokenized(rows: Rows, output: Folder) -> None:
+    """Write kept samples, trimmed or whole, for LLaMA-Factory's option tokenized_path."""
+    data = read_data(rows)
     missing = [column for column in ("input_ids", "labels") if column not in data.column_names]
     if missing:
         raise ValueError(f"The data has no column {' and '.join(missing)}; use what `qtuning prune` wrote.")
-    if folder.suffix:
-        raise ValueError(f"{folder.name} ends in {folder.suffix}; name a folder without an ending.")
-    tokens = data.select_columns(["input_ids", "labels"])
-    write_data(tokens, folder)
-    return tokens
+    if output.suffix:
+        raise ValueError(f"{output.name} ends in {output.suffix}; name a folder without an ending.")
+    # LLaMA-Factory would make tensors of every other column.
+    write_data(data.select_columns(["input_ids", "labels"]), output)
+    typer.echo(f"{len(data)} rows: {output}")
 
 
 def register_qst() -> None:
@@ -136,27 +121,6 @@ def register_qst() -> None:
         return attached
 
     PeftPlugin("qst").register()(attach)
-
-
-@app.command()
-def register(
-    data_file: Annotated[Path, typer.Argument(help="Kept rows that `qtuning prune` wrote: .jsonl or .parquet.")],
-    name: Annotated[str, typer.Option(help="What `dataset:` in a recipe calls the data.")],
-    info_file: Annotated[Path, typer.Option(help="The dataset_info.json of LLaMA-Factory's dataset_dir.")] = Path(
-        "data/dataset_info.json"
-    ),
-) -> None:
-    """Add whole kept samples to LLaMA-Factory's dataset_info.json."""
-    typer.echo(f"{info_file}: {json.dumps({name: register_dataset(info_file, name, data_file)})}")
-
-
-@app.command()
-def tokenized(
-    data: Annotated[Path, typer.Argument(help="Kept rows that `qtuning prune` wrote.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder, for `tokenized_path:` in a recipe.")],
-) -> None:
-    """Write kept samples, trimmed or whole, for LLaMA-Factory's option tokenized_path."""
-    typer.echo(f"{len(write_tokenized(read_data(data), output))} rows: {output}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

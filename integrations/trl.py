@@ -12,8 +12,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -42,16 +41,10 @@ may also be given as an option, which then counts. `qtuning recipes list` shows 
 
 @dataclass
 class Blocks:
-    """Our two keys, for TRL's parser: blocks of the YAML file, or YAML text on the command line."""
+    """Our two keys, for TRL's parser."""
 
-    # Empty text where there is none: a block without content asks for defaults.
-    qst: dict[str, Any] | str | None = ""
-    eu_pruning: dict[str, Any] | str | None = ""
-
-    def given(self) -> dict[str, Any]:
-        """Content by name of the blocks that are there."""
-        found = {name: content for name, content in vars(self).items() if content != ""}
-        return {name: yaml.safe_load(text) if isinstance(text, str) else text for name, text in found.items()}
+    qst: dict[str, Any] | str | None = None
+    eu_pruning: dict[str, Any] | str | None = None
 
 
 class EUPruningSFTTrainer(SFTTrainer):
@@ -139,7 +132,8 @@ def main(arguments: list[str]) -> None:
         (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, Blocks), prog="qtuning sft", usage=USAGE
     )
     script_args, training_args, model_args, dataset_args, ours = parser.parse_args_and_config(arguments)
-    blocks = ours.given()
+    # A block without content asks for defaults.
+    blocks = {name: content for name, content in vars(ours).items() if name in given}
     # As they count: of the file, of the command line, and by default.
     recipe = {**vars(dataset_args), **vars(model_args), **vars(training_args), **vars(script_args), **blocks}
     recipe["datasets"] = [vars(entry) for entry in dataset_args.datasets or []]
@@ -153,8 +147,16 @@ def main(arguments: list[str]) -> None:
     # What is kept belongs on the screen of every run.
     logging.basicConfig(format="%(message)s")
     logging.getLogger("qtuning_peft").setLevel(logging.INFO)
-    with _trainer_of_script(changes):
+
+    def trainer(**of_script: Any) -> EUPruningSFTTrainer:
+        return EUPruningSFTTrainer(**of_script | changes)
+
+    # The script looks its trainer up in `trl` when it runs.
+    trl.SFTTrainer = trainer
+    try:
         sft.main(script_args, training_args, model_args, dataset_args)
+    finally:
+        trl.SFTTrainer = SFTTrainer
 
 
 def _keys_of_file(arguments: list[str]) -> set[str]:
@@ -191,23 +193,6 @@ def _help() -> str:
                 text += f" Default: {yaml.safe_dump(default).splitlines()[0]}."
             group.add_argument(key, help=text.replace("%", "%%"))
     return parser.format_help()
-
-
-@contextmanager
-def _trainer_of_script(changes: dict[str, Any]) -> Iterator[None]:
-    """Let TRL's script, which looks its trainer up in `trl` when it runs, build ours with `changes`."""
-
-    class Trainer(EUPruningSFTTrainer):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs | changes)
-
-    # The name stands in the model card and in experiment trackers.
-    Trainer.__name__ = Trainer.__qualname__ = "SFTTrainer"
-    trl.SFTTrainer = Trainer
-    try:
-        yield
-    finally:
-        trl.SFTTrainer = SFTTrainer
 
 
 if __name__ == "__main__":

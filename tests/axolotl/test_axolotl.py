@@ -193,8 +193,8 @@ def test_pruning_ahead_of_training(folder: Path) -> None:
         ({"lora_r": 8}, "lora_r is 8, but adapter is 'qst'"),
         ({"lora_target_linear": True}, "lora_target_linear is true, but adapter is 'qst'"),
         (
-            {"lora_r": 8, "lora_dropout": 0.0, "lora_alpha": 16, "peft_use_dora": True},
-            "lora_r is 8 and lora_alpha is 16 and peft_use_dora is true, but adapter is 'qst'; remove lora_r, ",
+            {"lora_alpha": 16, "lora_dropout": 0.0, "lora_r": 8, "peft_use_dora": True},
+            "lora_alpha is 16 and lora_r is 8 and peft_use_dora is true, but adapter is 'qst'; remove lora_alpha, ",
         ),
         ({"merge_lora": True}, "cannot be merged"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "choose one"),

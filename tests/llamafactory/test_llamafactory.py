@@ -24,7 +24,7 @@ from qtuning_peft.eu_plane.files import write_data
 # Not llamafactory itself: without the package, that would be the folder of this file.
 pytest.importorskip("llamafactory.cli", reason="needs LLaMA-Factory: bash scripts/test_llamafactory.sh")
 
-from qtuning_peft.integrations.llamafactory import register_dataset, register_qst, write_tokenized
+from qtuning_peft.integrations.llamafactory import register, register_qst, tokenized
 
 CHAT = [
     {"user": row["question"], "assistant": row["answer"]} for row in rows(8)
@@ -97,7 +97,7 @@ def test_whole_samples_in_the_default_engine(base: Path, tmp_path: Path) -> None
     for name, data in FORMATS.items():
         data = pruned(base, data, sample_ratio=0.5)
         write_data(data, tmp_path / f"{name}.jsonl")
-        register_dataset(tmp_path / "dataset_info.json", name, tmp_path / f"{name}.jsonl")
+        register(tmp_path / f"{name}.jsonl", name, tmp_path / "dataset_info.json")
         kept += len(data)
     recipe = LORA | {
         "model_name_or_path": str(base), "dataset_dir": ".", "dataset": ",".join(FORMATS), "output_dir": "out",
@@ -109,8 +109,10 @@ def test_whole_samples_in_the_default_engine(base: Path, tmp_path: Path) -> None
 
 
 def test_trimmed_samples_in_the_default_engine(base: Path, tmp_path: Path) -> None:
-    kept = write_tokenized(pruned(base, FORMATS["messages"], sample_ratio=0.75, token_ratio=0.5), tmp_path / "kept")
-    assert load_from_disk(str(tmp_path / "kept")).column_names == ["input_ids", "labels"]
+    write_data(pruned(base, FORMATS["messages"], sample_ratio=0.75, token_ratio=0.5), tmp_path / "kept.parquet")
+    tokenized(tmp_path / "kept.parquet", tmp_path / "kept")
+    kept = load_from_disk(str(tmp_path / "kept"))
+    assert kept.column_names == ["input_ids", "labels"]
     recipe = recipes.load("llamafactory/smollm2-1.7b-lora-pruned") | {
         "model_name_or_path": str(base), "output_dir": "out", "per_device_train_batch_size": len(kept),
         "gradient_accumulation_steps": 1, "max_steps": 2, "logging_steps": 1, "bf16": False, "use_cpu": True,
@@ -165,10 +167,10 @@ def test_the_list_of_data_sets(base: Path, tmp_path: Path) -> None:
     trimmed = tmp_path / "trimmed.jsonl"
     write_data(pruned(base, FORMATS["alpaca"], sample_ratio=0.75, token_ratio=0.5), trimmed)
     with pytest.raises(ValueError, match="trimmed samples, which its texts do not show"):
-        register_dataset(info, "mine", trimmed)
+        register(trimmed, "mine", info)
     write_data(pruned(base, FORMATS["alpaca"], sample_ratio=0.5), tmp_path / "whole.jsonl")
-    register_dataset(info, "mine", tmp_path / "whole.jsonl")
+    register(tmp_path / "whole.jsonl", "mine", info)
     assert json.loads(info.read_text()).keys() == {"theirs", "mine"}
     write_data(Dataset.from_dict({"text": ["w1"]}), tmp_path / "text.jsonl")
     with pytest.raises(ValueError, match="columns are text"):
-        register_dataset(info, "mine", tmp_path / "text.jsonl")
+        register(tmp_path / "text.jsonl", "mine", info)
