@@ -17,7 +17,7 @@ from .blocks import EUPruningBlock
 from .metadata import TrainingMetadataCallback, datasets_on_the_hub, is_side_tuned
 from .pruning import prune_training_data
 
-# Below it, a side network hardly moves in the steps of a usual run; it starts at 1e-3, LoRA at 2e-4.
+# Side networks start at 1e-3 (docs/quality.md); what is below this is a rate for LoRA, usually 2e-4.
 SMALLEST_LEARNING_RATE = 5e-4
 # TRL's and Axolotl's keys for LoRA, without Axolotl's two that say where an adapter is read from.
 LORA = re.compile(r"lora_(?!model_dir$|on_cpu$)|loraplus_|relora|peft_|use_(peft|rslora|dora)$")
