@@ -1,4 +1,4 @@
-"""LLaMA-Factory 0.9: data that its engine can train on, and, as an experiment, QST in its new engine.
+"""LLaMA-Factory 0.9: pruned data for its default engine, and, as an experiment, QST in its new one.
 
 Its default engine is closed to other methods, but not to pruned data:
 
@@ -15,8 +15,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -26,118 +25,88 @@ from datasets import Dataset
 from torch import nn
 
 from qtuning_peft.atomic import replacing
-from qtuning_peft.eu_plane.files import check_output, read_data, write_data
+from qtuning_peft.eu_plane.files import read_data, write_data
 
 from .blocks import QSTBlock, read_block
 
 app = typer.Typer(
-    name="llamafactory",
     help="Pruned data, and, as an experiment, QST, for LLaMA-Factory.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-# How LLaMA-Factory is told of each format, first match first.
-ENTRIES: tuple[tuple[frozenset[str], dict[str, Any]], ...] = (
-    (
-        frozenset({"messages"}),
-        {
-            "formatting": "sharegpt",
-            "columns": {"messages": "messages"},
-            "tags": {
-                "role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
-                "system_tag": "system",
-            },
-        },
-    ),
-    (frozenset({"conversations"}), {"formatting": "sharegpt", "columns": {"messages": "conversations"}}),
-    (frozenset({"prompt", "completion"}), {"columns": {"prompt": "prompt", "response": "completion"}}),
-    (frozenset({"instruction", "input", "output"}), {}),
-    (frozenset({"instruction", "output"}), {"columns": {"prompt": "instruction", "response": "output"}}),
-)  # fmt: skip
+# LLaMA-Factory's entry for rows that have these columns, first match first.
+ENTRIES: dict[tuple[str, ...], dict[str, Any]] = {
+    ("messages",): {
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages"},
+        "tags": {f"{tag}_tag": tag for tag in ("role", "content", "user", "assistant", "system")},
+    },
+    ("conversations",): {"formatting": "sharegpt", "columns": {"messages": "conversations"}},
+    ("prompt", "completion"): {"columns": {"prompt": "prompt", "response": "completion"}},
+    ("instruction", "input", "output"): {},
+    ("instruction", "output"): {"columns": {"prompt": "instruction", "response": "output"}},
+}
 
 
-def register_dataset(info_file: Path, name: str, data_file: Path) -> dict[str, Any]:
-    """Add pruned data to LLaMA-Factory's list of data sets, or replace it there.
+Rows = Annotated[Path, typer.Argument(help="Kept rows that `qtuning prune` wrote.")]
+Name = Annotated[str, typer.Option(help="What `dataset:` in a recipe calls the data.")]
+InfoFile = Annotated[Path, typer.Option(help="The dataset_info.json of LLaMA-Factory's dataset_dir.")]
+Folder = Annotated[Path, typer.Option("--output", "-o", help="Folder, for `tokenized_path:` in a recipe.")]
 
-    Args:
-        info_file: The `dataset_info.json` of its `dataset_dir`; made if it does not exist.
-        name: What `dataset:` in a recipe calls the data.
-        data_file: What `qtuning prune` wrote with `token_ratio` 1: JSON lines or Parquet, with texts.
 
-    Returns:
-        The entry.
-
-    Raises:
-        ValueError: in one sentence, when the data or the list cannot be used.
-    """
-    if data_file.is_dir():
-        raise ValueError(f"{data_file} is a folder; have `qtuning prune` write a file that ends in .jsonl or .parquet.")
-    data = read_data(data_file)
-    entry = _entry(data)
-    if _trimmed(data):
-        raise ValueError(
-            f"{data_file} has trimmed samples, which its texts do not show; prune with --token-ratio 1, or use "
-            "`tokenized`."
-        )
-    listed: Any = {}
-    if info_file.exists():
-        try:
-            listed = json.loads(info_file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{info_file} is no JSON: {error}; repair it.") from error
-        if not isinstance(listed, dict):
-            raise ValueError(f"{info_file} holds no JSON object; name the dataset_info.json of LLaMA-Factory.")
+@app.command()
+def register(rows: Rows, name: Name, info_file: InfoFile = Path("data/dataset_info.json")) -> None:
+    """Add whole kept samples, .jsonl or .parquet, to LLaMA-Factory's dataset_info.json, or replace them there."""
+    if rows.is_dir():
+        raise ValueError(f"{rows} is a folder; have `qtuning prune` write a file that ends in .jsonl or .parquet.")
     # Joined to the folder of the list by LLaMA-Factory, which leaves an absolute path as it is.
-    listed[name] = {"file_name": str(data_file.absolute()), **entry}
+    entry = {"file_name": str(rows.absolute()), **_entry(read_data(rows))}
+    try:
+        listed = json.loads(info_file.read_text(encoding="utf-8")) if info_file.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{info_file} is no JSON: {error}; repair it.") from error
+    if not isinstance(listed, dict):
+        raise ValueError(f"{info_file} holds no JSON object; name the dataset_info.json of LLaMA-Factory.")
     with replacing(info_file) as unfinished:
-        unfinished.write_text(json.dumps(listed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return listed[name]
-
-
-def write_tokenized(data: Dataset, folder: Path) -> Dataset:
-    """Write kept rows, whole or trimmed, as LLaMA-Factory's `tokenized_path` wants them.
-
-    Args:
-        data: Rows with `input_ids` and `labels`, as `EUPruner` leaves them. Everything else is left out, as
-            LLaMA-Factory would make tensors of it.
-        folder: Where to write; replaced if it is a data set.
-
-    Raises:
-        ValueError: when there are no tokens, or no place to write.
-    """
-    missing = [column for column in ("input_ids", "labels") if column not in data.column_names]
-    if missing:
-        raise ValueError(f"The data has no column {' and '.join(missing)}; use what `qtuning prune` wrote.")
-    if folder.suffix:
-        raise ValueError(f"{folder.name} ends in {folder.suffix}; name a folder without an ending.")
-    tokens = data.select_columns(["input_ids", "labels"])
-    write_data(tokens, folder)
-    return tokens
+        text = json.dumps(listed | {name: entry}, indent=2, ensure_ascii=False)
+        unfinished.write_text(text + "\n", encoding="utf-8")
+    typer.echo(f"{info_file}: {json.dumps({name: entry})}")
 
 
 def _entry(data: Dataset) -> dict[str, Any]:
-    columns = set(data.column_names)
-    # Prompts that are conversations themselves have no place in its lists.
-    columns -= {name for name in ("prompt", "completion") if name in columns and not isinstance(data[0][name], str)}
-    for needed, entry in ENTRIES:
-        if needed <= columns:
-            return entry
-    raise ValueError(
-        f"The data's columns are {', '.join(data.column_names)}; LLaMA-Factory reads messages, conversations, "
-        "instruction and output, or prompt and completion as strings: use `tokenized` instead."
-    )
+    # Prompts and completions that are conversations themselves have no place in its lists.
+    columns = {name for name in data.column_names if name not in ("prompt", "completion") or type(data[0][name]) is str}
+    found = next((entry for needed, entry in ENTRIES.items() if columns.issuperset(needed)), None)
+    if found is None:
+        raise ValueError(
+            f"The data's columns are {', '.join(data.column_names)}; LLaMA-Factory reads messages, conversations, "
+            "instruction and output, or prompt and completion as strings: use `tokenized` instead."
+        )
+    # A row that has lost tokens keeps its error, the mean over all of them.
+    if columns >= {"error", "token_error"} and any(
+        row["token_error"] and abs(fmean(row["token_error"]) - row["error"]) > 1e-4 * (1 + row["error"])
+        for row in data.select_columns(["error", "token_error"])
+    ):
+        raise ValueError(
+            "The data has trimmed samples, which its texts do not show; prune with --token-ratio 1, or use `tokenized`."
+        )
+    return found
 
 
-def _trimmed(data: Dataset) -> bool:
-    """Whether a row has lost tokens: its error stays the mean over all of them."""
-    if not {"error", "token_error"} <= set(data.column_names):
-        return False
-    rows = data.select_columns(["error", "token_error"])
-    return any(
-        row["token_error"] and abs(fmean(row["token_error"]) - row["error"]) > 1e-4 * (1 + row["error"]) for row in rows
-    )
+@app.command()
+def tokenized(rows: Rows, output: Folder) -> None:
+    """Write kept samples, trimmed or whole, for LLaMA-Factory's option tokenized_path."""
+    data = read_data(rows)
+    missing = [column for column in ("input_ids", "labels") if column not in data.column_names]
+    if missing:
+        raise ValueError(f"The data has no column {' and '.join(missing)}; use what `qtuning prune` wrote.")
+    if output.suffix:
+        raise ValueError(f"{output.name} ends in {output.suffix}; name a folder without an ending.")
+    # LLaMA-Factory would make tensors of every other column.
+    write_data(data.select_columns(["input_ids", "labels"]), output)
+    typer.echo(f"{len(data)} rows: {output}")
 
 
 def register_qst() -> None:
@@ -154,60 +123,28 @@ def register_qst() -> None:
     PeftPlugin("qst").register()(attach)
 
 
-@contextmanager
-def _one_sentence() -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, ImportError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
-
-
-@app.command()
-def register(
-    data_file: Annotated[Path, typer.Argument(help="Kept rows that `qtuning prune` wrote: .jsonl or .parquet.")],
-    name: Annotated[str, typer.Option(help="What `dataset:` in a recipe calls the data.")],
-    info_file: Annotated[Path, typer.Option(help="The dataset_info.json of LLaMA-Factory's dataset_dir.")] = Path(
-        "data/dataset_info.json"
-    ),
-) -> None:
-    """Add whole kept samples to LLaMA-Factory's dataset_info.json."""
-    with _one_sentence():
-        entry = register_dataset(info_file, name, data_file)
-        typer.echo(f"{info_file}: {json.dumps({name: entry})}")
-
-
-@app.command()
-def tokenized(
-    data: Annotated[Path, typer.Argument(help="Kept rows that `qtuning prune` wrote.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder, for `tokenized_path:` in a recipe.")],
-) -> None:
-    """Write kept samples, trimmed or whole, for LLaMA-Factory's option tokenized_path."""
-    with _one_sentence():
-        check_output(output)
-        typer.echo(f"{len(write_tokenized(read_data(data), output))} rows: {output}")
-
-
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
     context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="YAML of LLaMA-Factory's engine v1, with peft_config: {name: qst}.")],
 ) -> None:
     """Train a side network in LLaMA-Factory's engine v1; experimental. Further key=value replace what the file says."""
-    with _one_sentence():
-        if recipe.suffix not in (".yaml", ".yml") or not recipe.is_file():
-            raise ValueError(f"{recipe} is no YAML file; name a recipe that ends in .yaml.")
-        # LLaMA-Factory 0.9.5 refuses every transformers that QST supports by its version alone, and reads these when
-        # it is imported.
-        os.environ.setdefault("DISABLE_VERSION_CHECK", "1")
-        os.environ.setdefault("USE_V1", "1")
-        from llamafactory.v1.trainers.sft_trainer import run_sft
+    if recipe.suffix not in (".yaml", ".yml") or not recipe.is_file():
+        raise ValueError(f"{recipe} is no YAML file; name a recipe that ends in .yaml.")
+    # LLaMA-Factory 0.9.5 refuses every transformers that QST supports by its version alone, and reads these when it
+    # is imported.
+    os.environ.setdefault("DISABLE_VERSION_CHECK", "1")
+    os.environ.setdefault("USE_V1", "1")
+    from llamafactory.v1.trainers.sft_trainer import run_sft
 
-        register_qst()
-        # Without its launcher, which on several GPUs starts processes that do not know QST.
-        sys.argv = [sys.argv[0], str(recipe), *context.args]
-        run_sft()
+    register_qst()
+    # Without its launcher, which on several GPUs starts processes that do not know QST.
+    sys.argv = [sys.argv[0], str(recipe), *context.args]
+    run_sft()
 
 
 if __name__ == "__main__":
-    app()
+    try:
+        app()
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"Error: {error}")

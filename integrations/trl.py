@@ -9,42 +9,51 @@ In Python nothing of this is needed for side tuning, `SFTTrainer(peft_config=Sid
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import trl
 import yaml
 from datasets import Dataset
-from trl import SFTTrainer
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 from trl.scripts import sft
 
-from qtuning_peft.eu_plane import EUPruningCallback
+from qtuning_peft.eu_plane import EUPruner
 from qtuning_peft.hub.card import complete
-from qtuning_peft.trainer import PrefixCachingCallback
+from qtuning_peft.registry import help_of
+from qtuning_peft.side_tuning import SideTuningConfig
 
 from .blocks import EUPruningBlock, QSTTrainingBlock, read_block
-from .metadata import TrainingMetadataCallback, datasets_on_the_hub, is_side_tuned
-from .pruning import prune_training_data
+from .common import add_callbacks, prune_before_training, refuse_lora
+from .metadata import datasets_on_the_hub, is_side_tuned
 
 logger = logging.getLogger(__name__)
 
-DESCRIPTION = """TRL's supervised fine-tuning with two more blocks in the YAML file: `qst:`, a side network beside a
-frozen base instead of LoRA, and `eu_pruning:`, which keeps of the training data what teaches. Every other key is TRL's
-own, and may also be given as an option, which then counts. `qtuning recipes list` shows files to start from."""
+USAGE = "qtuning sft --config FILE [--KEY VALUE ...]"
+DESCRIPTION = """TRL's supervised fine-tuning, with two more blocks in its YAML file. Every other key is TRL's own, and
+may also be given as an option, which then counts. `qtuning recipes list` shows files to start from."""
+
+
+@dataclass
+class Blocks:
+    """Our two keys, for TRL's parser."""
+
+    qst: dict[str, Any] | str | None = None
+    eu_pruning: dict[str, Any] | str | None = None
 
 
 class EUPruningSFTTrainer(SFTTrainer):
     """TRL's `SFTTrainer`, which prunes its training data as the block `eu_pruning` says.
 
-    Statically, rows are pruned between TRL's tokenization and its packing, so that packs hold what is kept; rows
-    longer than `max_length` are truncated first. Dynamically, every batch is.
+    In mode static, rows are pruned between TRL's tokenization and its packing, so that packs hold what is kept; rows
+    longer than `max_length` are truncated first. In mode dynamic, every batch is pruned.
 
-    The card of a side network, which TRL writes anew at every checkpoint and push, says also how to use it, and how it
+    The card of a side network, which TRL writes anew at every checkpoint and push, also says how to use it, and how it
     was trained.
 
     Args:
@@ -63,48 +72,12 @@ class EUPruningSFTTrainer(SFTTrainer):
         recipe: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        self._static_block = eu_pruning if eu_pruning is not None and eu_pruning.mode == "static" else None
+        self._static = eu_pruning is not None and eu_pruning.mode == "static"
         super().__init__(*args, **kwargs)
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        logged: list[str] = []
-
-        def log(message: str) -> None:
-            logger.info(message)
-            logged.append(message)
-
-        if self._static_block is not None:
-            data: Any = self.train_dataset  # type: ignore[has-type]  # set by TRL, and again below
-            if not isinstance(data, Dataset):
-                raise ValueError(
-                    "eu_pruning.mode is 'static', but the training data is streamed and cannot be seen whole; choose "
-                    "'dynamic'."
-                )
-            output = Path(self.args.output_dir)
-            kept = prune_training_data(
-                data, self.model, tokenizer, self._static_block,
-                cache_path=output / "eu_scores", report_path=output / "eu_report.html", log=log,
-            )  # fmt: skip
-            self.train_dataset = super()._prepare_dataset(
-                kept, self.processing_class, self.args, self.args.packing, None, "train"
-            )
-        elif eu_pruning is not None:
-            self.add_callback(EUPruningCallback(eu_pruning.pruner(tokenizer), eu_pruning.tokens_per_batch))
-        if is_side_tuned(self.model):
-            self.add_callback(PrefixCachingCallback())
-            self.add_callback(self._training_metadata(eu_pruning, recipe, logged))
-
-    def _training_metadata(
-        self, eu_pruning: EUPruningBlock | None, recipe: Mapping[str, Any] | None, logged: list[str]
-    ) -> TrainingMetadataCallback:
-        if recipe is None:
-            block = {} if eu_pruning is None else {"eu_pruning": eu_pruning.model_dump(exclude_unset=True)}
-            recipe = vars(self.args) | block
-        datasets = datasets_on_the_hub(recipe.get("datasets") or recipe.get("dataset_name"))
-        split = recipe.get("dataset_test_split") if len(datasets) == 1 else None
-        return TrainingMetadataCallback(
-            self.model, recipe, logged[0].removeprefix("eu_pruning ") if logged else None, datasets,
-            (datasets[0], split) if split else (None, None),
-        )  # fmt: skip
+        block = {} if eu_pruning is None else {"eu_pruning": eu_pruning.model_dump(exclude_unset=True)}
+        pruned = self._prune(eu_pruning, tokenizer) if eu_pruning is not None and self._static else None
+        add_callbacks(self, tokenizer, recipe or vars(self.args) | block, eu_pruning, pruned, logger.warning)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -118,11 +91,26 @@ class EUPruningSFTTrainer(SFTTrainer):
                 adapter=self.hub_model_id or "ADAPTER", training=getattr(self.model, "training_metadata", None),
             )  # fmt: skip
 
+    def _prune(self, block: EUPruningBlock, tokenizer: Any) -> str | None:
+        data: Any = self.train_dataset  # type: ignore[has-type]  # set by TRL, and again below
+        if not isinstance(data, Dataset):
+            raise ValueError(
+                "eu_pruning.mode is 'static', but the training data is streamed and cannot be seen whole; choose "
+                "'dynamic'."
+            )
+        kept, pruned = prune_before_training(
+            data, self.model, tokenizer, block, Path(self.args.output_dir), logger.info
+        )
+        self.train_dataset = super()._prepare_dataset(
+            kept, self.processing_class, self.args, self.args.packing, None, "train"
+        )
+        return pruned
+
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
         # Samples are pruned one by one, so packs are made afterwards.
-        packing = packing and not (dataset_name == "train" and self._static_block is not None)
+        packing = packing and not (dataset_name == "train" and self._static)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
 
@@ -135,65 +123,76 @@ def main(arguments: list[str]) -> None:
     Raises:
         ValueError: in one sentence, when a block or a key is wrong.
     """
-    with _without_blocks(arguments) as (arguments, blocks):
-        parser = sft.make_parser(prog="qtuning sft")
-        parser.usage = "qtuning sft --config FILE [--KEY VALUE ...]"
-        parser.description = DESCRIPTION
-        script_args, training_args, model_args, dataset_args = parser.parse_args_and_config(arguments)
+    if not {"-h", "--help"}.isdisjoint(arguments):
+        print(_help())
+        return
+    options = {option[2:].partition("=")[0].replace("-", "_") for option in arguments if option.startswith("--")}
+    given = options | _keys_of_file(arguments)
+    parser = TrlParser(
+        (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, Blocks), prog="qtuning sft", usage=USAGE
+    )
+    script_args, training_args, model_args, dataset_args, ours = parser.parse_args_and_config(arguments)
+    # A block without content asks for defaults.
+    blocks = {name: content for name, content in vars(ours).items() if name in given}
     # As they count: of the file, of the command line, and by default.
-    recipe = {**vars(dataset_args), **vars(model_args), **vars(training_args), **vars(script_args)}
+    recipe = {**vars(dataset_args), **vars(model_args), **vars(training_args), **vars(script_args), **blocks}
     recipe["datasets"] = [vars(entry) for entry in dataset_args.datasets or []]
-    options: dict[str, Any] = {"recipe": recipe | blocks}
+    changes: dict[str, Any] = {"recipe": recipe}
     if "qst" in blocks:
-        if model_args.use_peft:
-            raise ValueError("use_peft is true beside the block qst, but that asks for LoRA; remove one of the two.")
-        block = read_block("qst", QSTTrainingBlock, blocks["qst"])
-        options |= {"peft_config": block.peft_config(), "callbacks": block.callbacks()}
+        refuse_lora({key: value for key, value in vars(model_args).items() if key in given}, "there is a block qst")
+        qst = read_block("qst", QSTTrainingBlock, blocks["qst"])
+        changes |= {"peft_config": qst.peft_config(), "callbacks": qst.callbacks()}
     if "eu_pruning" in blocks:
-        options["eu_pruning"] = read_block("eu_pruning", EUPruningBlock, blocks["eu_pruning"])
+        changes["eu_pruning"] = read_block("eu_pruning", EUPruningBlock, blocks["eu_pruning"])
     # What is kept belongs on the screen of every run.
     logging.basicConfig(format="%(message)s")
     logging.getLogger("qtuning_peft").setLevel(logging.INFO)
-    with _trainer_of_script(options):
+
+    def trainer(**of_script: Any) -> EUPruningSFTTrainer:
+        return EUPruningSFTTrainer(**of_script | changes)
+
+    # The script looks its trainer up in `trl` when it runs.
+    trl.SFTTrainer = trainer
+    try:
         sft.main(script_args, training_args, model_args, dataset_args)
+    finally:
+        trl.SFTTrainer = SFTTrainer
 
 
-@contextmanager
-def _without_blocks(arguments: list[str]) -> Iterator[tuple[list[str], dict[str, Any]]]:
-    """The arguments with a YAML file that TRL's parser can read, and the blocks that the user's file has besides."""
+def _keys_of_file(arguments: list[str]) -> set[str]:
     if "--config" not in arguments[:-1]:
-        yield arguments, {}
-        return
-    place = arguments.index("--config") + 1
-    file = Path(arguments[place])
+        return set()
+    file = Path(arguments[arguments.index("--config") + 1])
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"--config is {file}, which cannot be read: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config is {file}, which holds no keys; write one `key: value` on each line.")
-    blocks = {name: content.pop(name) for name in ("qst", "eu_pruning") if name in content}
-    with tempfile.TemporaryDirectory() as folder:
-        rest = Path(folder) / file.name
-        rest.write_text(yaml.safe_dump(content), encoding="utf-8")
-        yield [*arguments[:place], str(rest), *arguments[place + 1 :]], blocks
+    return set(content)
 
 
-@contextmanager
-def _trainer_of_script(options: dict[str, Any]) -> Iterator[None]:
-    """Let TRL's script, which looks its trainer up in `trl` when it runs, build ours with `options`."""
-
-    class Trainer(EUPruningSFTTrainer):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs | options)
-
-    # The name stands in the model card and in experiment trackers.
-    Trainer.__name__ = Trainer.__qualname__ = "SFTTrainer"
-    trl.SFTTrainer = Trainer
-    try:
-        yield
-    finally:
-        trl.SFTTrainer = SFTTrainer
+def _help() -> str:
+    """Our two blocks, from their classes, and where TRL's keys are listed."""
+    parser = argparse.ArgumentParser(
+        prog="qtuning sft", usage=USAGE, description=DESCRIPTION, add_help=False,
+        epilog="All other keys are TRL's: `trl sft --help` lists them.",
+    )  # fmt: skip
+    # Read now, not when the blocks were made: other packages may have registered further choices.
+    options = {field.name: field for kind in (SideTuningConfig, EUPruner) for field in fields(kind)}
+    for block, title in (
+        (QSTTrainingBlock, "qst, a side network beside the frozen base instead of LoRA"),
+        (EUPruningBlock, "eu_pruning, what to keep of the training data"),
+    ):
+        group = parser.add_argument_group(title)
+        for key, entry in block.model_fields.items():
+            described = key in options and "help" in options[key].metadata
+            text = help_of(options[key]) if described else entry.description or ""
+            default = entry.get_default(call_default_factory=True)
+            if default not in (None, [], ()) and "Default:" not in text:
+                text += f" Default: {yaml.safe_dump(default).splitlines()[0]}."
+            group.add_argument(key, help=text.replace("%", "%%"))
+    return parser.format_help()
 
 
 if __name__ == "__main__":

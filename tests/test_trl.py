@@ -15,7 +15,7 @@ import yaml
 from datasets import Dataset, load_dataset
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from qtuning_peft.integrations.blocks import EUPruningBlock, QSTBlock, read_block
+from qtuning_peft.integrations.blocks import EUPruningBlock, QSTBlock, QSTTrainingBlock, read_block
 from qtuning_peft.integrations.trl import EUPruningSFTTrainer, main
 from safetensors.torch import load_file
 from test_trainers import losses, require_only_the_side_network_learned, snapshot
@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from qtuning_peft import EUPruner, SideTuningConfig, score
+from qtuning_peft.registry import Registry
 
 
 @pytest.fixture(scope="module")
@@ -142,10 +143,14 @@ def run(folder: Path, name: str, content: dict[str, Any], *arguments: str) -> su
 
 
 def test_a_recipe_of_trl_becomes_ours_with_a_block(folder: Path, tmp_path: Path) -> None:
+    # Double quantization, as in our recipes: on CPUs with AVX512-BF16, bitsandbytes 0.50 packs weights for its kernel
+    # and unpacks them for a state dict, which every save takes. Scales that are not quantized themselves come back
+    # transposed, so that after the first checkpoint the trainer's base would be another one.
     recipe = settings(tmp_path / "out", eval_strategy="steps", eval_steps=4, save_steps=4, max_steps=8) | {
         "learning_rate": 0.005,
         "model_name_or_path": str(folder / "model"), "dataset_name": str(folder / "chat"),
-        "assistant_only_loss": True, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "hub_token": "hf_s3cret",
+        "assistant_only_loss": True, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True,
+        "hub_token": "hf_s3cret",
     }  # fmt: skip
     blocks = {
         "qst": {"reduction_factor": 4, "hidden_state_cache_gib": 1},
@@ -177,7 +182,7 @@ def test_a_recipe_of_trl_becomes_ours_with_a_block(folder: Path, tmp_path: Path)
     # Loaded with plain PEFT, the adapter has the loss that the trainer saw.
     from transformers import BitsAndBytesConfig
 
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(folder / "model", quantization_config=quantization), out
     )
@@ -238,6 +243,11 @@ def test_batches_are_pruned_dynamically(folder: Path, tmp_path: Path) -> None:
         ({"qst": {"hidden_state_cache_gib": 0}}, "qst.hidden_state_cache_gib: Input should be greater than 0"),
         ({"qst": 4}, "qst: "),
         ({"qst": {}, "use_peft": True}, "use_peft is true"),
+        (
+            {"qst": {}, "use_peft": True, "lora_r": 16, "lora_dropout": 0.0, "lora_target_modules": ["q_proj"]},
+            "use_peft is true and lora_r is 16 and lora_target_modules is 'q_proj', but there is a block qst; "
+            "remove use_peft, lora_r, lora_target_modules: ",
+        ),
         ({"eu_pruning": {}}, "eu_pruning: No budget is given"),
         ({"eu_pruning": {"sample_ratio": 2}}, "eu_pruning: sample_ratio is 2"),
         ({"eu_pruning": {"sample_ratio": 0.5, "mode": "often"}}, "eu_pruning.mode: "),
@@ -254,6 +264,62 @@ def test_a_wrong_block_is_one_sentence(content: dict[str, Any], sentence: str, f
     file.write_text(yaml.safe_dump(recipe | content))
     with pytest.raises(ValueError, match="(?s).*" + sentence.replace("(", r"\(")):
         main(["--config", str(file)])
+
+
+def test_a_setting_of_lora_is_refused_as_an_option_too(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "wrong.yaml"
+    recipe = {"model_name_or_path": str(folder / "model"), "output_dir": str(tmp_path), "bf16": False, "use_cpu": True}
+    file.write_text(yaml.safe_dump(recipe | {"qst": None}))
+    with pytest.raises(ValueError, match="lora_r is 16 and lora_alpha is 8, but there is a block qst"):
+        main(["--config", str(file), "--lora-r", "16", "--lora_alpha=8"])
+
+
+@pytest.mark.parametrize(("rate", "noticed"), [(2e-4, 1), (1e-3, 0)])
+def test_a_rate_for_lora_is_noticed_once(
+    rate: float, noticed: int, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    EUPruningSFTTrainer(
+        model=base, args=SFTConfig(**settings(tmp_path, learning_rate=rate)), train_dataset=chat(),
+        processing_class=tokenizer, peft_config=SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    assert caplog.text.count("learning_rate is 0.0002, a rate for LoRA") == noticed
+    assert noticed or "a rate for LoRA" not in caplog.text
+
+
+def test_help_lists_our_blocks_and_says_where_those_of_trl_are(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    shown = capsys.readouterr().out
+    for field in (*QSTTrainingBlock.model_fields, *EUPruningBlock.model_fields):
+        assert f"\n  {field}" in shown
+    assert "hidden_size /" in shown
+    assert "Default: 4." in shown
+    assert shown.count("trl sft --help") == 1
+    assert "per_device_train_batch_size" not in shown
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("qtuning_peft.side_tuning.network.downsample", "DOWNSAMPLERS"),
+        ("qtuning_peft.eu_plane.strategies", "SAMPLE_STRATEGIES"),
+    ],
+)
+def test_help_knows_what_others_register(
+    module: str, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = getattr(pytest.importorskip(module), name)
+    if not isinstance(registry, Registry):
+        pytest.skip(f"{name} is no registry yet")
+    for table in ("_choices", "_help"):
+        monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
+
+    @registry.register("from_outside")
+    def choice() -> None:
+        """Registered by a test."""
+
+    main(["--help"])
+    assert "from_outside: Registered by a test" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(("text", "sentence"), [("[1, 2]", "holds no keys"), ("a: [", "cannot be read")])

@@ -8,11 +8,10 @@ from typing import Any
 from pydantic import BaseModel, Field, model_validator
 
 from ..blocks import EUPruningBlock, QSTTrainingBlock, read_block
+from ..common import refuse_lora
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 INT8 = {"load_in_8bit": True}
-# Keys with this prefix that are not about LoRA: where an adapter is read from.
-NOT_OF_LORA = ("lora_model_dir", "lora_on_cpu")
 
 
 class QTuningArgs(BaseModel):
@@ -50,13 +49,7 @@ class QTuningArgs(BaseModel):
                 "adapter is 'qst', which cannot be merged: a side network is no change of the base's weights; share "
                 "the adapter itself."
             )
-        for key, value in data.items():
-            # Some validators of Axolotl fill in zeros.
-            if key.startswith(("lora_", "peft_", "loraplus_", "relora")) and key not in NOT_OF_LORA and value:
-                raise ValueError(
-                    f"{key} is {value!r}, but adapter is 'qst'; remove it, the side network is described in the block "
-                    "qst."
-                )
+        refuse_lora(data, "adapter is 'qst'")
         return data | quantization(data)
 
 

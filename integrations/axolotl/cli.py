@@ -26,7 +26,7 @@ def prune(config: str, output: Path | None) -> None:
 
     from qtuning_peft.eu_plane.files import check_output, write_data
 
-    from .plugin import pruned
+    from .plugin import prune as prune_rows
 
     cfg = load_cfg(config)
     if not cfg.eu_pruning:
@@ -36,8 +36,7 @@ def prune(config: str, output: Path | None) -> None:
     if output is not None:
         check_output(output)
     data = load_datasets(cfg=cfg).train_dataset
-    model, tokenizer, _ = load_model_and_tokenizer(cfg=cfg)
-    kept = pruned(cfg, data, model, tokenizer)
+    kept, _ = prune_rows(cfg, data, *load_model_and_tokenizer(cfg=cfg)[:2])
     if output is not None:
         write_data(kept, output)
     click.echo(f"{len(kept)} of {len(data)} rows are kept" + (f": {output}" if output is not None else "."))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,7 @@ class QTuningPlugin(BasePlugin):
 
         from ..blocks import QSTTrainingBlock
 
-        task_type = "SEQ_CLS" if cfg.reward_model else "CAUSAL_LM"
-        config = QSTTrainingBlock(**(cfg.qst or {})).peft_config(task_type)
+        config = QSTTrainingBlock(**(cfg.qst or {})).peft_config("SEQ_CLS" if cfg.reward_model else "CAUSAL_LM")
         if config_only:
             return None, config
         # Axolotl has asked for gradients of the embeddings, which nothing here reads.
@@ -43,26 +41,24 @@ class QTuningPlugin(BasePlugin):
             model.disable_input_require_grads()
         if cfg.lora_model_dir:
             adapted = PeftModel.from_pretrained(model, str(cfg.lora_model_dir), is_trainable=not inference)
-            config = adapted.active_peft_config
         else:
             adapted = get_peft_model(model, config)
         adapted.print_trainable_parameters()
-        return adapted, config
+        return adapted, adapted.active_peft_config
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
-        """Make sure that the base is as small as the user thinks."""
+        """Check that the base is as small as the user thinks."""
         if cfg.adapter != "qst":
             return
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        for key, loaded in (("load_in_4bit", "is_loaded_in_4bit"), ("load_in_8bit", "is_loaded_in_8bit")):
-            if cfg[key] and not getattr(base, loaded, False) and not getattr(base, "is_quantized", False):
+        loaded = next((bits for bits in ("4bit", "8bit") if getattr(base, f"is_loaded_in_{bits}", False)), None)
+        for bits in ("4bit", "8bit"):
+            if cfg[f"load_in_{bits}"] and loaded != bits and not getattr(base, "is_quantized", False):
                 raise RuntimeError(
-                    f"{key} is true, but the base was loaded without quantization; this is a fault here."
+                    f"load_in_{bits} is true, but the base was loaded without quantization; this is a fault here."
                 )
-        bits = (
-            "4-bit" if getattr(base, "is_loaded_in_4bit", False) else "8-bit" if cfg.load_in_8bit else str(base.dtype)
-        )
-        LOG.info("Side network beside a base of %.1f MiB (%s)", base.get_memory_footprint() / 2**20, bits)
+        size = base.get_memory_footprint() / 2**20
+        LOG.info("Side network beside a base of %.1f MiB (%s)", size, f"{loaded[0]}-bit" if loaded else base.dtype)
 
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
         """Train on the CPU where there is no GPU, also in bfloat16; score batches where the model is."""
@@ -73,51 +69,30 @@ class QTuningPlugin(BasePlugin):
             if not torch.cuda.is_available():
                 arguments["use_cpu"] = True
         if cfg.eu_pruning and cfg.eu_pruning.mode == "dynamic":
-            arguments["dataloader_num_workers"] = 0
-            arguments["dataloader_prefetch_factor"] = None
+            arguments |= {"dataloader_num_workers": 0, "dataloader_prefetch_factor": None}
         return arguments or None
 
-    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        """Run the base as little as the block `qst` allows, and prune every batch, if asked to."""
-        from qtuning_peft.eu_plane import EUPruningCallback
-        from qtuning_peft.trainer import PrefixCachingCallback
-
-        from ..blocks import EUPruningBlock, QSTTrainingBlock
-
-        callbacks: list[Any] = []
-        if cfg.adapter == "qst":
-            callbacks += [PrefixCachingCallback(), *QSTTrainingBlock(**(cfg.qst or {})).callbacks()]
-        if cfg.eu_pruning and cfg.eu_pruning.mode == "dynamic":
-            block = EUPruningBlock(**cfg.eu_pruning)
-            callbacks.append(EUPruningCallback(block.pruner(trainer.processing_class), block.tokens_per_batch))
-        return callbacks
-
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Prune the training data, if asked to, and keep a side network's card at what the trainer logs."""
-        logged = self._prune(cfg, trainer) if cfg.eu_pruning and cfg.eu_pruning.mode != "dynamic" else None
-        if cfg.adapter != "qst":
+        """Prune the training data, if asked to, and add what the blocks ask of the trainer."""
+        if cfg.adapter != "qst" and not cfg.eu_pruning:
             return
-        from ..metadata import TrainingMetadataCallback, datasets_on_the_hub
+        from ..blocks import EUPruningBlock, QSTTrainingBlock
+        from ..common import add_callbacks
 
-        held_out = datasets_on_the_hub(cfg.test_datasets)
-        trainer.add_callback(
-            TrainingMetadataCallback(
-                trainer.model, cfg, logged, datasets_on_the_hub(cfg.datasets),
-                (held_out[0] if len(held_out) == 1 else None, None),
-            )
-        )  # fmt: skip
+        eu_pruning = EUPruningBlock(**cfg.eu_pruning) if cfg.eu_pruning else None
+        pruned = None
+        if eu_pruning is not None and eu_pruning.mode == "static":
+            trainer.train_dataset, pruned = prune(cfg, trainer.train_dataset, trainer.model, trainer.processing_class)
+            self._count_steps(cfg, trainer)
+        add_callbacks(trainer, trainer.processing_class, cfg, eu_pruning, pruned, LOG.warning)
+        if cfg.adapter == "qst":
+            for callback in QSTTrainingBlock(**(cfg.qst or {})).callbacks():
+                trainer.add_callback(callback)
 
-    def _prune(self, cfg: Any, trainer: Any) -> str:
-        """Prune under the model that is about to train, and count its steps anew; returns what was kept."""
+    def _count_steps(self, cfg: Any, trainer: Any) -> None:
+        """Steps and warm-up of the pruned data; Axolotl has counted those of all rows."""
         from axolotl.utils.trainer import calculate_total_num_steps
 
-        logged: list[str] = []
-
-        def log(message: str) -> None:
-            LOG.info(message)
-            logged.append(message)
-
-        trainer.train_dataset = pruned(cfg, trainer.train_dataset, trainer.model, trainer.processing_class, log)
         cfg.total_num_tokens = cfg.total_supervised_tokens = None
         steps = max(int(calculate_total_num_steps(cfg, trainer.train_dataset)), 1)
         if not cfg.max_steps:
@@ -126,16 +101,14 @@ class QTuningPlugin(BasePlugin):
             share = cfg.warmup_ratio if cfg.warmup_ratio is not None else 0.03
             trainer.args.warmup_steps = int(share * (cfg.max_steps or steps))
         LOG.info("%d steps of pruned data", trainer.args.max_steps)
-        return logged[0].removeprefix("eu_pruning ") if logged else "as eu_pruning says"
 
 
-def pruned(cfg: Any, dataset: Any, model: Any, tokenizer: Any, log: Callable[[str], None] = LOG.info) -> Any:
-    """The rows of `dataset`, as Axolotl has prepared it, that the block `eu_pruning` keeps."""
+def prune(cfg: Any, dataset: Any, model: Any, tokenizer: Any) -> tuple[Any, str | None]:
+    """The rows of `dataset`, as Axolotl has prepared it, that the block `eu_pruning` keeps; and that in words."""
     from ..blocks import EUPruningBlock
-    from ..pruning import prune_training_data
+    from ..common import prune_before_training
 
-    return prune_training_data(
-        dataset, model, tokenizer, EUPruningBlock(**cfg.eu_pruning),
-        cache_path=Path(cfg.dataset_prepared_path or cfg.output_dir) / "eu_scores",
-        report_path=Path(cfg.output_dir) / "eu_report.html", log=log,
+    return prune_before_training(
+        dataset, model, tokenizer, EUPruningBlock(**cfg.eu_pruning), Path(cfg.output_dir), LOG.info,
+        scores_dir=Path(cfg.dataset_prepared_path) if cfg.dataset_prepared_path else None,
     )  # fmt: skip

@@ -19,15 +19,13 @@ from typing import Any
 from datasets import Dataset
 from peft import get_peft_model
 from qtuning_peft.integrations.blocks import EUPruningBlock, QSTBlock, read_block
-from qtuning_peft.integrations.pruning import prune_training_data
+from qtuning_peft.integrations.common import batch_pruning, prune_before_training
 from swift.callbacks import callbacks_map
 from swift.dataset import LazyLLMDataset
 from swift.tuner_plugin import PeftTuner, tuners_map
 from swift.utils import get_logger
 from torch import nn
 from transformers import TrainerCallback
-
-from qtuning_peft.eu_plane import EUPruningCallback
 
 logger = get_logger()
 
@@ -45,7 +43,7 @@ class QSTTuner(PeftTuner):
         Raises:
             ValueError: when the block is missing or wrong, or the task is none that a side network is trained for.
         """
-        # ms-swift takes any key there, so a misspelt one would otherwise train something else.
+        # ms-swift takes any key there: a misspelt one would otherwise train something else.
         if "qst" not in args.model_kwargs:
             raise ValueError(
                 f"model_kwargs has the keys {', '.join(args.model_kwargs) or 'none'}, but tuner_type is 'qst'; add "
@@ -82,11 +80,9 @@ class StaticPruningCallback(TrainerCallback):
             )
         # Encoded once here instead of in every epoch; `lengths` is what ms-swift groups by.
         rows = Dataset.from_list([_row(data[index]) for index in range(len(data))])
-        output = Path(trainer.args.output_dir)
-        kept = prune_training_data(
-            rows, trainer.model, trainer.template.tokenizer, self.block,
-            cache_path=output / "eu_scores", report_path=output / "eu_report.html", log=logger.info,
-        )  # fmt: skip
+        kept, _ = prune_before_training(
+            rows, trainer.model, trainer.template.tokenizer, self.block, Path(trainer.args.output_dir), logger.info
+        )
         trainer.train_dataset = kept.map(
             lambda row: {"lengths": [len(row["input_ids"])]}, keep_in_memory=True, load_from_cache_file=False
         )
@@ -110,7 +106,7 @@ def eu_pruning(args: Any, trainer: Any) -> TrainerCallback:
         )
     if block.mode == "static":
         return StaticPruningCallback(block, trainer)
-    return EUPruningCallback(block.pruner(trainer.template.tokenizer), block.tokens_per_batch)
+    return batch_pruning(block, trainer.template.tokenizer)
 
 
 def _row(encoded: dict[str, Any]) -> dict[str, Any]:

@@ -142,6 +142,13 @@ def test_the_same_file_with_lora_trains_lora(folder: Path) -> None:
     assert all("lora" in name for name in load_file(folder / "lora" / "adapter_model.safetensors"))
 
 
+def test_a_rate_for_lora_is_noticed_once(folder: Path) -> None:
+    keys = QST | {"max_steps": 1, "test_datasets": None, "eval_strategy": "no"}
+    sentence = "learning_rate is 0.0002, a rate for LoRA"
+    assert train(config(folder, "slow", **keys, learning_rate=2e-4)).count(sentence) == 1
+    assert "a rate for LoRA" not in train(config(folder, "fast", **keys, learning_rate=1e-3))
+
+
 def test_packing_in_two_epochs_without_a_plugins_line(folder: Path) -> None:
     packing = {"sample_packing": True, "attn_implementation": "sdpa", "eval_sample_packing": False}
     keys = QST | packing | {"num_epochs": 2, "eu_pruning": {"sample_ratio": 0.75}}
@@ -184,7 +191,11 @@ def test_pruning_ahead_of_training(folder: Path) -> None:
         ({"qst": {"reduction_factor": 1}}, "reduction_factor is 1; give an integer of at least 2"),
         ({"adapter": "lora", "lora_r": 8}, "adapter is 'lora' beside the block qst"),
         ({"lora_r": 8}, "lora_r is 8, but adapter is 'qst'"),
-        ({"lora_target_linear": True}, "lora_target_linear is True, but adapter is 'qst'"),
+        ({"lora_target_linear": True}, "lora_target_linear is true, but adapter is 'qst'"),
+        (
+            {"lora_alpha": 16, "lora_dropout": 0.0, "lora_r": 8, "peft_use_dora": True},
+            "lora_alpha is 16 and lora_r is 8 and peft_use_dora is true, but adapter is 'qst'; remove lora_alpha, ",
+        ),
         ({"merge_lora": True}, "cannot be merged"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "choose one"),
         ({"eu_pruning": {}}, "eu_pruning: No budget is given"),

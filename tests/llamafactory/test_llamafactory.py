@@ -24,7 +24,7 @@ from qtuning_peft.eu_plane.files import write_data
 # Not llamafactory itself: without the package, that would be the folder of this file.
 pytest.importorskip("llamafactory.cli", reason="needs LLaMA-Factory: bash scripts/test_llamafactory.sh")
 
-from qtuning_peft.integrations.llamafactory import register_dataset, register_qst, write_tokenized
+from qtuning_peft.integrations.llamafactory import register, register_qst, tokenized
 
 CHAT = [
     {"user": row["question"], "assistant": row["answer"]} for row in rows(8)
@@ -97,7 +97,7 @@ def test_whole_samples_in_the_default_engine(base: Path, tmp_path: Path) -> None
     for name, data in FORMATS.items():
         data = pruned(base, data, sample_ratio=0.5)
         write_data(data, tmp_path / f"{name}.jsonl")
-        register_dataset(tmp_path / "dataset_info.json", name, tmp_path / f"{name}.jsonl")
+        register(tmp_path / f"{name}.jsonl", name, tmp_path / "dataset_info.json")
         kept += len(data)
     recipe = LORA | {
         "model_name_or_path": str(base), "dataset_dir": ".", "dataset": ",".join(FORMATS), "output_dir": "out",
@@ -109,8 +109,10 @@ def test_whole_samples_in_the_default_engine(base: Path, tmp_path: Path) -> None
 
 
 def test_trimmed_samples_in_the_default_engine(base: Path, tmp_path: Path) -> None:
-    kept = write_tokenized(pruned(base, FORMATS["messages"], sample_ratio=0.75, token_ratio=0.5), tmp_path / "kept")
-    assert load_from_disk(str(tmp_path / "kept")).column_names == ["input_ids", "labels"]
+    write_data(pruned(base, FORMATS["messages"], sample_ratio=0.75, token_ratio=0.5), tmp_path / "kept.parquet")
+    tokenized(tmp_path / "kept.parquet", tmp_path / "kept")
+    kept = load_from_disk(str(tmp_path / "kept"))
+    assert kept.column_names == ["input_ids", "labels"]
     recipe = recipes.load("llamafactory/smollm2-1.7b-lora-pruned") | {
         "model_name_or_path": str(base), "output_dir": "out", "per_device_train_batch_size": len(kept),
         "gradient_accumulation_steps": 1, "max_steps": 2, "logging_steps": 1, "bf16": False, "use_cpu": True,
@@ -147,7 +149,7 @@ def test_a_side_network_in_engine_v1(base: Path, tmp_path: Path) -> None:
     # A fresh side network is the base; and what is saved is what was trained.
     assert losses[0] == pytest.approx(mean_loss(model, data), abs=2e-3)
     trained = PeftModel.from_pretrained(model, tmp_path / "out")
-    assert trained.peft_config["default"].reduction_factor == 8
+    assert trained.peft_config["default"].reduction_factor == recipe["peft_config"]["reduction_factor"] == 4
     assert mean_loss(trained, data) < min(losses) < losses[0] - 0.1
 
 
@@ -155,7 +157,7 @@ def test_a_wrong_block_is_refused(base: Path) -> None:
     from llamafactory.v1.plugins.model_plugins.peft import PeftPlugin
 
     register_qst()
-    with pytest.raises(ValueError, match=r"peft_config\.rank is no field; choose from r, downsample"):
+    with pytest.raises(ValueError, match=r"peft_config\.rank is no field; choose from reduction_factor, downsample"):
         PeftPlugin("qst")(AutoModelForCausalLM.from_pretrained(base), {"name": "qst", "rank": 4}, True)
 
 
@@ -165,10 +167,10 @@ def test_the_list_of_data_sets(base: Path, tmp_path: Path) -> None:
     trimmed = tmp_path / "trimmed.jsonl"
     write_data(pruned(base, FORMATS["alpaca"], sample_ratio=0.75, token_ratio=0.5), trimmed)
     with pytest.raises(ValueError, match="trimmed samples, which its texts do not show"):
-        register_dataset(info, "mine", trimmed)
+        register(trimmed, "mine", info)
     write_data(pruned(base, FORMATS["alpaca"], sample_ratio=0.5), tmp_path / "whole.jsonl")
-    register_dataset(info, "mine", tmp_path / "whole.jsonl")
+    register(tmp_path / "whole.jsonl", "mine", info)
     assert json.loads(info.read_text()).keys() == {"theirs", "mine"}
     write_data(Dataset.from_dict({"text": ["w1"]}), tmp_path / "text.jsonl")
     with pytest.raises(ValueError, match="columns are text"):
-        register_dataset(info, "mine", tmp_path / "text.jsonl")
+        register(tmp_path / "text.jsonl", "mine", info)
