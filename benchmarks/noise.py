@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from common import HERE, environment, markdown, read, save, smollm2
 from datasets import Dataset
+from gsm8k import read_rows
 
-from qtuning_peft.demo.gsm8k import read_rows
 from qtuning_peft.eu_plane import EUPruner, score
 
 SPOILT_SHARE = 0.2

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from common import HERE, environment, markdown, smollm2
 from datasets import Dataset
+from gsm8k import read_rows
 from peft import get_peft_model
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
 from qtuning_peft import SideTuningConfig
-from qtuning_peft.demo.gsm8k import read_rows
 from qtuning_peft.eu_plane import EUPruner, score
 from qtuning_peft.eu_plane.rows import RowEncoder
 from qtuning_peft.loss import IGNORE_INDEX, chunked_cross_entropy

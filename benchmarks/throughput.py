@@ -21,8 +21,8 @@ from typing import Any
 import psutil
 import torch
 from common import environment, markdown, save, smollm2
+from gsm8k import read_rows
 
-from qtuning_peft.demo.gsm8k import read_rows
 from qtuning_peft.eu_plane.batching import Piece, batches, right_padded
 from qtuning_peft.eu_plane.rows import RowEncoder
 from qtuning_peft.eu_plane.scores import token_scores
