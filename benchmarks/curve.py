@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import DataCollatorForSeq2Seq
 
 from benchmarks import methods, rows
 from benchmarks.common import smollm2
+from benchmarks.gsm8k import encode, read_rows
 from benchmarks.step import positive, seconds
-from qtuning_peft.demo.gsm8k import RightPadding, encode, read_rows
 from qtuning_peft.loss import IGNORE_INDEX, chunked_cross_entropy
 
 RATES = {"side": 1e-3, "side-lean": 1e-3, "lora": 1e-3, "qlora": 1e-3}
@@ -68,8 +69,8 @@ def batches(tokenizer: Any, split: str, count: int) -> list[Batch]:
     encoded = [encode(tokenizer, row, MAX_LENGTH) for row in read_rows(split, count)]
     if split == "test":
         encoded.sort(key=lambda row: len(row["input_ids"]))
-    collate = RightPadding(tokenizer.pad_token_id)
-    return [collate(encoded[start : start + BATCH]) for start in range(0, count, BATCH)]
+    collate = DataCollatorForSeq2Seq(tokenizer)
+    return [dict(collate(encoded[start : start + BATCH])) for start in range(0, count, BATCH)]
 
 
 def rates(texts: list[str]) -> dict[str, float]:

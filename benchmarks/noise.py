@@ -19,7 +19,7 @@ from datasets import Dataset
 from benchmarks import rows
 from benchmarks.common import HERE, environment, read_data, smollm2
 from benchmarks.document import markdown
-from qtuning_peft.demo.gsm8k import read_rows
+from benchmarks.gsm8k import read_rows
 from qtuning_peft.eu_plane import EUPruner, score
 
 CORRUPTED_SHARE = 0.2

@@ -26,8 +26,8 @@ from transformers import get_cosine_schedule_with_warmup, set_seed
 from benchmarks import rows
 from benchmarks.common import HERE, environment, smollm2
 from benchmarks.document import markdown
+from benchmarks.gsm8k import read_rows
 from qtuning_peft import SideTuningConfig
-from qtuning_peft.demo.gsm8k import read_rows
 from qtuning_peft.eu_plane import EUPruner, score
 from qtuning_peft.eu_plane.rows import RowEncoder
 from qtuning_peft.loss import IGNORE_INDEX, chunked_cross_entropy

@@ -24,7 +24,7 @@ import torch
 from benchmarks import rows
 from benchmarks.common import HERE, environment, smollm2
 from benchmarks.document import markdown
-from qtuning_peft.demo.gsm8k import read_rows
+from benchmarks.gsm8k import read_rows
 from qtuning_peft.eu_plane.batching import batches, right_padded, token_scores
 from qtuning_peft.eu_plane.rows import RowEncoder
 from qtuning_peft.eu_plane.tokenized import Sample

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import json
 import subprocess
 import sys
+from importlib.resources import files
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from qtuning_peft import recipes
 from qtuning_peft.cli import app
-from qtuning_peft.demo import gsm8k, run
+from qtuning_peft.demo import run
+from qtuning_peft.demo.messages import corrupt, draw_rows
+from qtuning_peft.demo.show import show
 
 
 def test_help_is_there_for_every_command() -> None:
@@ -44,11 +52,40 @@ def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     assert "Invalid value for '--output-dir'" in result.output
 
 
-def test_unknown_recipes_and_too_many_rows_are_refused() -> None:
+def test_unknown_recipes_and_splits_are_refused() -> None:
     with pytest.raises(ValueError, match=r"no recipe 'nope'; choose one of .*demo"):
         recipes.load("nope")
-    with pytest.raises(ValueError, match="test_rows is 101; the package ships 100 rows"):
-        gsm8k.read_rows("test", 101)
+    with pytest.raises(ValueError, match="0 rows of 'test' cannot be drawn; choose 1 or more of train, valid"):
+        draw_rows("test", 0)
+    with pytest.raises(ValueError, match="9 rows of 'dev' cannot be drawn"):
+        draw_rows("dev", 9)
+
+
+def test_rows_are_the_same_for_a_seed_and_say_what_is_asked_of_them() -> None:
+    rows = draw_rows("train", 200, seed=3)
+    assert rows == draw_rows("train", 200, seed=3) != draw_rows("train", 200, seed=4)
+    for row in rows:
+        fields = json.loads(row["completion"])
+        assert list(fields) == ["name", "date", "guests", "phone"]
+        assert row["prompt"].endswith(row["message"])
+        assert all(row["message"].count(fields[name]) == 1 for name in ("name", "date", "phone"))
+        assert f" {fields['guests']} " in f" {row['message']}".replace(".", " ").replace(",", " ").replace("?", " ")
+        assert "{" not in row["message"]
+
+
+def test_held_out_rows_share_no_words_with_training() -> None:
+    data = yaml.safe_load((files("qtuning_peft.data") / "messages.yaml").read_text(encoding="utf-8"))
+    for one, other in combinations((data[name] for name in ("train", "validation", "test")), 2):
+        assert one.keys() == other.keys()
+        assert not any(set(one[name]) & set(other[name]) for name in one)
+
+
+def test_corrupted_rows_have_each_other_s_completions() -> None:
+    rows, clean = draw_rows("train", 50), draw_rows("train", 50)
+    corrupted = corrupt(rows, 0.2, seed=0)
+    assert len(corrupted) == 10
+    assert corrupted == [index for index in range(50) if rows[index] != clean[index]]
+    assert sorted(row["completion"] for row in rows) == sorted(row["completion"] for row in clean)
 
 
 @pytest.mark.smollm2
@@ -73,9 +110,15 @@ def test_the_prepared_checkpoint_holds_the_file_s_weights(smollm2: Path) -> None
 @pytest.mark.smollm2
 @pytest.mark.slow
 def test_the_demo_learns(smollm2: Path, tmp_path: Path) -> None:
+    """Answers, not only losses; and pruning finds the corrupted rows."""
     (tmp_path / "base").symlink_to(smollm2)
     result = run.run_demo(tmp_path)
-    assert result.pruned.kept_samples == 100
+    assert result.pruned.kept_samples == result.pruned.samples // 2
+    assert result.corrupted_kept < result.corrupted / 4
+    assert result.after.exact > result.before.exact + 0.4
     assert result.after.loss < result.before.loss - 0.25
-    assert result.adapter_bytes < 4_884_480 * 4
+    assert (result.adapter / "adapter_model.safetensors").stat().st_size < 4_884_480 * 4
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "report.html"]
+    printed = Console(width=120, record=True, file=io.StringIO())
+    show(result, printed)
+    assert f"{result.after.exact:.0%}" in printed.export_text()

@@ -11,11 +11,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from test_quantized_bases import full_precision, gguf, nf4, packed_gguf
+from test_quantized_bases import full_precision, gguf, nf4, packed_gguf, read_rows
 from transformers import AutoTokenizer, PreTrainedModel
 
 from qtuning_peft import EUPruner, EUScorer, SideTuningConfig, score
-from qtuning_peft.demo.gsm8k import read_rows
 
 pytestmark = pytest.mark.smollm2
 

@@ -12,10 +12,9 @@ import torch
 from conftest import EVERY_PART, FAMILIES, randomize_side_network, side_parameters, tiny, token_ids, word_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 
 from qtuning_peft import EUPruner, EUPruningCallback, EUScorer, SideTuningConfig
-from qtuning_peft.demo.gsm8k import RightPadding
 from qtuning_peft.eu_plane.training import PruningCollator
 from qtuning_peft.side_tuning.follow import record_states
 from qtuning_peft.side_tuning.network.block import SideBlock
@@ -59,7 +58,7 @@ def batch_sizes(model: torch.nn.Module, kind: type | str) -> list[int]:
 def test_every_batch_is_pruned_as_its_scores_say(method: str) -> None:
     model, rows = adapted(method), rows_of_tokens(8)
     pruner = EUPruner(sample_ratio=0.5, token_ratio=0.5, per_batch=True)
-    batch = PruningCollator(RightPadding(0), model, pruner)(rows)
+    batch = PruningCollator(DataCollatorForSeq2Seq(word_tokenizer()), model, pruner)(rows)
     with model.disable_adapter():
         scored = EUScorer(model)({name: [row[name] for row in rows] for name in rows[0]})
     expected = pruner({**scored, "index": list(range(8))})
@@ -83,7 +82,7 @@ def test_trainer_trains_on_what_is_kept(method: str, tmp_path: Path) -> None:
         arguments(tmp_path),
         train_dataset=rows_of_tokens(32),
         eval_dataset=rows_of_tokens(8, seed=1),
-        data_collator=RightPadding(0),
+        data_collator=DataCollatorForSeq2Seq(word_tokenizer()),
         callbacks=[callback],
     )
     trainer.train()
@@ -117,7 +116,7 @@ def test_a_step_divides_by_the_tokens_that_were_kept(accumulation: int, tmp_path
             model,
             arguments(tmp_path, **settings),
             train_dataset=data,
-            data_collator=RightPadding(0),
+            data_collator=DataCollatorForSeq2Seq(word_tokenizer()),
             callbacks=callbacks,
         ).train()
         return {name: p.detach().double() for name, p in model.named_parameters() if p.requires_grad}
@@ -142,7 +141,7 @@ def test_packed_samples_are_dropped_with_their_tokens() -> None:
     pruner = EUPruner(sample_ratio=0.5, per_batch=True)
     collate = DataCollatorWithFlattening(return_position_ids=True, separator_id=-100)
     packed = PruningCollator(collate, model, pruner)(rows)
-    padded = PruningCollator(RightPadding(0), model, pruner)(rows)
+    padded = PruningCollator(DataCollatorForSeq2Seq(word_tokenizer()), model, pruner)(rows)
     expected = [
         row[mask.bool()].tolist() for row, mask in zip(padded["input_ids"], padded["attention_mask"], strict=True)
     ]
@@ -226,7 +225,11 @@ def test_a_batch_of_equal_samples_trains(method: str, tmp_path: Path) -> None:
     rows = rows_of_tokens(1) * 8
     callback = EUPruningCallback(EUPruner(sample_ratio=0.25, token_ratio=0.5))
     Trainer(
-        adapted(method), arguments(tmp_path), train_dataset=rows, data_collator=RightPadding(0), callbacks=[callback]
+        adapted(method),
+        arguments(tmp_path),
+        train_dataset=rows,
+        data_collator=DataCollatorForSeq2Seq(word_tokenizer()),
+        callbacks=[callback],
     ).train()
     assert callback.collator.kept_samples > 0
 
@@ -252,7 +255,7 @@ def test_an_interrupted_training_leaves_nothing_to_the_next(method: str, tmp_pat
             model,
             arguments(tmp_path),
             train_dataset=rows_of_tokens(32),
-            data_collator=RightPadding(0),
+            data_collator=DataCollatorForSeq2Seq(word_tokenizer()),
             callbacks=list(callbacks),
         )
 
@@ -365,7 +368,7 @@ def test_data_loaded_in_other_processes_is_refused(tmp_path: Path) -> None:
         adapted("qst"),
         arguments(tmp_path, dataloader_num_workers=1),
         train_dataset=rows_of_tokens(8),
-        data_collator=RightPadding(0),
+        data_collator=DataCollatorForSeq2Seq(word_tokenizer()),
         callbacks=[EUPruningCallback(EUPruner(sample_ratio=0.5))],
     )
     with pytest.raises(ValueError, match="dataloader_num_workers is 1"):
@@ -374,7 +377,9 @@ def test_data_loaded_in_other_processes_is_refused(tmp_path: Path) -> None:
 
 def test_el2n_can_choose_in_a_batch() -> None:
     model, rows = adapted("qst"), rows_of_tokens(6)
-    batch = PruningCollator(RightPadding(0), model, EUPruner(sample_ratio=0.5, strategy="el2n", per_batch=True))(rows)
+    batch = PruningCollator(
+        DataCollatorForSeq2Seq(word_tokenizer()), model, EUPruner(sample_ratio=0.5, strategy="el2n", per_batch=True)
+    )(rows)
     with model.disable_adapter():
         scored = EUScorer(model, scores=("el2n",))({name: [row[name] for row in rows] for name in rows[0]})
     best = sorted(np.argsort(scored["el2n"])[-3:])

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomize_side_network, side_parameters, tiny
+from conftest import randomize_side_network, side_parameters, tiny, word_tokenizer
 from datasets import Dataset
 from peft import get_peft_model
 from test_prefix_caching import PREFIX, batch, loss_and_gradients, passed_lengths, rows_of
-from transformers import TrainingArguments
+from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from qtuning_peft import HiddenStateCacheCallback, SideTuningConfig, SideTuningTrainer
-from qtuning_peft.demo.gsm8k import RightPadding
 from qtuning_peft.states import cache_states, reuse_of
 
 PLENTY = 2**30
@@ -139,7 +138,7 @@ def test_the_callback_keeps_for_several_epochs_alone(tmp_path: Any) -> None:
                 use_cpu=True, report_to="none", save_strategy="no", remove_unused_columns=False, seed=3,
             ),
             train_dataset=Dataset.from_list(rows),
-            data_collator=RightPadding(0),
+            data_collator=DataCollatorForSeq2Seq(word_tokenizer()),
             callbacks=list(callbacks),
         )  # fmt: skip
         lengths = passed_lengths(model)

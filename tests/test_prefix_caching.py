@@ -11,10 +11,9 @@ import torch
 from conftest import FAMILIES, config_of, randomize_side_network, side_parameters, tiny, token_ids, word_tokenizer
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import AutoModelForSequenceClassification, TrainingArguments
+from transformers import AutoModelForSequenceClassification, DataCollatorForSeq2Seq, TrainingArguments
 
 from qtuning_peft import PrefixCachingCallback, SideTuningConfig, SideTuningTrainer, add_few_shot_examples
-from qtuning_peft.demo.gsm8k import RightPadding
 from qtuning_peft.loss import chunked_cross_entropy
 from qtuning_peft.side_tuning.follow import find_decoder
 from qtuning_peft.states import common_prefix, reuse_of
@@ -224,7 +223,7 @@ def test_the_trainer_shares_what_its_rows_begin_with(tmp_path: Any) -> None:
                 use_cpu=True, report_to="none", save_strategy="no", remove_unused_columns=False,
             ),
             train_dataset=Dataset.from_list(rows),
-            data_collator=RightPadding(0),
+            data_collator=DataCollatorForSeq2Seq(word_tokenizer()),
         )  # fmt: skip
         if not shared:
             trainer.remove_callback(PrefixCachingCallback)

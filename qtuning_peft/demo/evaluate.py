@@ -1,41 +1,48 @@
-"""Held-out loss and a sample answer of a base model, with an adapter or without.
+"""Test loss and answers of a base model, with an adapter or without.
 
 Run as a program, it is the demo's proof that the saved adapter is all there is: a fresh process, plain PEFT, and
 
-    python -m qtuning_peft.demo.evaluate --base FOLDER --adapter FOLDER --recipe demo
+    python -m qtuning_peft.demo.evaluate BASE ADAPTER
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import warnings
 from dataclasses import asdict, dataclass
+from statistics import fmean as mean
 from typing import Any
 
 import torch
+import typer
+from peft import PeftModel
 from rich.console import Console
 from rich.progress import track
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DataCollatorForSeq2Seq
 from transformers.utils.logging import disable_progress_bar
 
 from .. import recipes  # type: ignore[attr-defined]  # in another folder until installed
+from ..eu_plane.rows import RowEncoder
 from ..loss import IGNORE_INDEX, chunked_cross_entropy
-from .gsm8k import RightPadding, encode, prompt_of, read_rows
-
-BATCH_SIZE = 8
+from .messages import draw_rows
 
 
 @dataclass
 class Score:
-    """Loss in nats per supervised token, its perplexity, and a greedy answer to one held-out question."""
+    """How a model does on the test rows.
+
+    Attributes:
+        loss: Nats per supervised token.
+        exact: Share of the answers that are the wanted text, to the letter.
+        fields: Share of the fields that are somewhere in the answer, written as they should be.
+        answers: Greedy answers, in the order of the rows.
+    """
 
     loss: float
-    perplexity: float
-    question: str
-    answer: str
+    exact: float
+    fields: float
+    answers: list[str]
 
 
 def quiet() -> None:
@@ -63,51 +70,43 @@ def load_base(folder: str, quantization: dict[str, Any]) -> nn.Module:
 
 
 @torch.inference_mode()
-def score(model: nn.Module, tokenizer: Any, recipe: dict[str, Any], description: str) -> Score:
-    """Evaluate `model` on the recipe's held-out rows, batched by length."""
+def score(model: Any, tokenizer: Any, recipe: dict[str, Any], description: str) -> Score:
+    """Loss and greedy answers of `model` on the recipe's test rows, `description` beside the progress bar."""
     model.eval()
-    device = next(model.parameters()).device
-    rows = read_rows("test", recipe["data"]["test_rows"])
-    encoded = sorted(
-        (encode(tokenizer, row, recipe["data"]["max_length"]) for row in rows), key=lambda row: len(row["input_ids"])
-    )
-    collate = RightPadding(tokenizer.pad_token_id)
-    total, tokens = 0.0, 0
-    for start in track(range(0, len(encoded), BATCH_SIZE), description=description, console=Console(stderr=True)):
-        batch = {key: value.to(device) for key, value in collate(encoded[start : start + BATCH_SIZE]).items()}
+    settings = recipe["test"]
+    rows, size = draw_rows(settings["split"], settings["rows"]), settings["batch_size"]
+    encoder, collate = RowEncoder(tokenizer), DataCollatorForSeq2Seq(tokenizer)
+    total, tokens, answers = 0.0, 0, []
+    for start in track(range(0, len(rows), size), description=description, console=Console(stderr=True)):
+        encoded = [encoder.encode(row, "prompt") for row in rows[start : start + size]]
+        batch = collate([{"input_ids": row.input_ids, "labels": row.labels} for row in encoded]).to(model.device)
         total += chunked_cross_entropy(model, **batch, num_items=1).item()
         tokens += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-    loss = total / tokens
+        prompts = tokenizer.apply_chat_template(
+            [[{"role": "user", "content": row["prompt"]}] for row in rows[start : start + size]],
+            add_generation_prompt=True, padding=True, tokenizer_kwargs={"padding_side": "left"},
+            return_dict=True, return_tensors="pt",
+        ).to(model.device)  # fmt: skip
+        generated = model.generate(
+            **prompts, max_new_tokens=settings["max_new_tokens"], do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
+        answers += tokenizer.batch_decode(generated[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+    exact = [answer == row["completion"] for answer, row in zip(answers, rows, strict=True)]
+    fields = [
+        f'"{name}": {json.dumps(value)}' in answer
+        for answer, row in zip(answers, rows, strict=True)
+        for name, value in json.loads(row["completion"]).items()
+    ]
+    return Score(total / tokens, mean(exact), mean(fields), answers)
 
-    question = rows[recipe["sample"]["row"]]["question"]
-    prompt = tokenizer(prompt_of(tokenizer, question), add_special_tokens=False, return_tensors="pt")
-    prompt = {key: value.to(device) for key, value in prompt.items()}
-    generated = model.generate(  # type: ignore[operator]  # no tensor, as mypy thinks
-        **prompt,
-        max_new_tokens=recipe["sample"]["max_new_tokens"],
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    answer = tokenizer.decode(generated[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-    return Score(loss, math.exp(loss), question, answer.strip())
 
-
-def main() -> None:
-    """Print the score of an adapter as one line of JSON."""
-    parser = argparse.ArgumentParser(description="Held-out loss of an adapter, loaded with plain PEFT.")
-    parser.add_argument("--base", required=True, help="Folder of the base model's checkpoint.")
-    parser.add_argument("--adapter", required=True, help="Folder of the adapter.")
-    parser.add_argument("--recipe", default="demo", help="Recipe with the quantization and the data.")
-    arguments = parser.parse_args()
-
-    from peft import PeftModel
-
+def main(base: str, adapter: str, recipe: str = "demo") -> None:
+    """Print, as a line of JSON, the score of the adapter in one folder on the base in another, loaded by plain PEFT."""
     quiet()
-    recipe = recipes.load(arguments.recipe)
-    model = PeftModel.from_pretrained(load_base(arguments.base, recipe["quantization"]), arguments.adapter)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.base)
-    print(json.dumps(asdict(score(model, tokenizer, recipe, "Evaluating the saved adapter"))))
+    settings, tokenizer = recipes.load(recipe), AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(load_base(base, settings["quantization"]), adapter)
+    print(json.dumps(asdict(score(model, tokenizer, settings, "Evaluating the saved adapter"))))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -15,8 +15,7 @@ import yaml
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from peft import get_peft_model
-from torch import nn
-from transformers import AutoTokenizer, TrainingArguments, set_seed
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments, set_seed
 
 from .. import SideTuningConfig, SideTuningTrainer, recipes  # type: ignore[attr-defined]  # in another folder until installed
 from ..atomic import replacing
@@ -24,38 +23,37 @@ from ..eu_plane import EUPruner, Pruned
 from ..eu_plane import score as score_data
 from ..eu_plane.report import write_report
 from ..hub.metadata import TrainingMetadata, machine, peak_memory
+from ..trainer import HiddenStateCacheCallback
 from .evaluate import Score, load_base, quiet, score
-from .gsm8k import RightPadding, read_rows
+from .messages import corrupt, draw_rows
 from .smollm2 import prepare_checkpoint
 
 
 @dataclass
 class DemoResult:
-    """What the demo prints.
+    """What the demo found.
 
     Attributes:
         before: Score of the quantized base.
         after: Score of base and adapter, from a fresh process.
+        rows: The test rows.
         pruned: What was kept of the training data.
-        score_seconds: Time of scoring the training data.
-        train_seconds: Time of the training loop.
-        total_seconds: Time of everything.
+        corrupted: How many training rows had another row's completion.
+        corrupted_kept: How many of these were kept.
+        seconds: Of scoring the training data, of training, and in all.
         peak_memory: Bytes; of the GPU if there is one, else resident memory of the training process, where it is known.
-        adapter_bytes: Size of `adapter_model.safetensors`.
-        trained_parameters: Number of trained parameters.
         adapter: Folder of the adapter.
         report: The training data on the Error-Uncertainty plane, an HTML file.
     """
 
     before: Score
     after: Score
+    rows: list[dict[str, str]]
     pruned: Pruned
-    score_seconds: float
-    train_seconds: float
-    total_seconds: float
+    corrupted: int
+    corrupted_kept: int
+    seconds: tuple[float, float, float]
     peak_memory: int | None
-    adapter_bytes: int
-    trained_parameters: int
     adapter: Path
     report: Path
 
@@ -68,9 +66,6 @@ def run_demo(output_dir: Path, seed: int | None = None) -> DemoResult:
             one is complete).
         seed: Instead of the recipe's.
 
-    Returns:
-        The figures.
-
     Raises:
         FileNotFoundError: when the model's package is not installed, with the command that installs it.
         RuntimeError: when the fresh process fails.
@@ -81,78 +76,61 @@ def run_demo(output_dir: Path, seed: int | None = None) -> DemoResult:
     recipe = recipes.load("demo")
     seed = recipe["seed"] if seed is None else seed
     set_seed(seed)
-    base_folder = prepare_checkpoint(output_dir / "base")
-
+    base_folder, adapter = prepare_checkpoint(output_dir / "base"), output_dir / "adapter"
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     base = load_base(str(base_folder), recipe["quantization"])
     before = score(base, tokenizer, recipe, "Evaluating the 4-bit base")
 
-    scored, score_seconds = _score_training_data(base, tokenizer, recipe)
+    rows = draw_rows("train", recipe["train"]["rows"], seed)
+    corrupted = corrupt(rows, recipe["train"]["corrupted"], seed)
+    start = time.perf_counter()
+    scored = score_data(Dataset.from_list(rows), base, tokenizer)
+    score_seconds = time.perf_counter() - start
     pruner = EUPruner(tokenizer=tokenizer, seed=seed, **recipe["eu_pruning"]).fit(scored)
     assert pruner.pruned is not None
     report = write_report(scored, tokenizer, pruner, output_dir / "report.html", seed=seed)
 
-    model: Any = get_peft_model(base, SideTuningConfig(task_type="CAUSAL_LM", **recipe["qst"]))
-    train_seconds = _train(model, tokenizer, scored.map(pruner, batched=True), recipe, seed, output_dir)
-    memory = peak_memory()
+    model = get_peft_model(base, SideTuningConfig(task_type="CAUSAL_LM", **recipe["qst"]))
+    start = time.perf_counter()
+    _train(model, tokenizer, scored.map(pruner, batched=True), recipe, seed, output_dir)
+    train_seconds, memory = time.perf_counter() - start, peak_memory()
     model.training_metadata = TrainingMetadata(
-        recipe=yaml.safe_dump(recipe, sort_keys=False), pruning=str(pruner.pruned), datasets=("openai/gsm8k",),
-        language=("en",), seconds=train_seconds, peak_memory=memory, machine=machine(),
+        recipe=yaml.safe_dump(recipe, sort_keys=False), pruning=str(pruner.pruned), language=("en",),
+        seconds=train_seconds, peak_memory=memory, machine=machine(),
     )  # fmt: skip
-    adapter_folder = _save(model, output_dir / "adapter")
+    with replacing(adapter) as unfinished:
+        model.save_pretrained(unfinished)
     return DemoResult(
         before=before,
-        after=_score_in_fresh_process(base_folder, adapter_folder),
+        after=_score_in_fresh_process(base_folder, adapter.absolute()),
+        rows=draw_rows(recipe["test"]["split"], recipe["test"]["rows"]),
         pruned=pruner.pruned,
-        score_seconds=score_seconds,
-        train_seconds=train_seconds,
-        total_seconds=time.perf_counter() - started,
+        corrupted=len(corrupted),
+        corrupted_kept=len(scored.select(corrupted).map(pruner, batched=True)),
+        seconds=(score_seconds, train_seconds, time.perf_counter() - started),
         peak_memory=memory[0] if memory else None,
-        adapter_bytes=(adapter_folder / "adapter_model.safetensors").stat().st_size,
-        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        adapter=output_dir / "adapter",
+        adapter=adapter,
         report=report,
     )
 
 
-def _score_training_data(base: nn.Module, tokenizer: Any, recipe: dict[str, Any]) -> tuple[Dataset, float]:
-    rows = read_rows("train", recipe["data"]["train_rows"])
-    data = Dataset.from_list([{"prompt": row["question"], "completion": row["answer"]} for row in rows])
-    started = time.perf_counter()
-    scored = score_data(data, base, tokenizer, max_length=recipe["data"]["max_length"])
-    return scored, time.perf_counter() - started
-
-
-def _train(model: nn.Module, tokenizer: Any, kept: Dataset, recipe: dict[str, Any], seed: int, work_dir: Path) -> float:
-    trainer = SideTuningTrainer(
+def _train(model: Any, tokenizer: Any, kept: Dataset, recipe: dict[str, Any], seed: int, work_dir: Path) -> None:
+    arguments = TrainingArguments(
+        output_dir=str(work_dir), save_strategy="no", report_to="none", logging_steps=10, seed=seed,
+        train_sampling_strategy="group_by_length", remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(), **recipe["training"],
+    )  # fmt: skip
+    SideTuningTrainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(work_dir),
-            save_strategy="no",
-            report_to="none",
-            logging_steps=10,
-            train_sampling_strategy="group_by_length",
-            remove_unused_columns=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            seed=seed,
-            **recipe["training"],
-        ),
+        args=arguments,
         train_dataset=kept.select_columns(["input_ids", "labels"]),
-        data_collator=RightPadding(tokenizer.pad_token_id),
-    )
-    started = time.perf_counter()
-    trainer.train()
-    return time.perf_counter() - started
-
-
-def _save(model: Any, folder: Path) -> Path:
-    with replacing(folder) as unfinished:
-        model.save_pretrained(unfinished)
-    return folder.absolute()
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        callbacks=[HiddenStateCacheCallback(recipe["hidden_state_cache_gib"])],
+    ).train()
 
 
 def _score_in_fresh_process(base: Path, adapter: Path) -> Score:
-    command = [sys.executable, "-m", "qtuning_peft.demo.evaluate", "--base", str(base), "--adapter", str(adapter)]
+    command = [sys.executable, "-m", "qtuning_peft.demo.evaluate", str(base), str(adapter)]
     finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if finished.returncode != 0:
         raise RuntimeError(f"The fresh process that evaluates {adapter} failed; its message is above.")

