@@ -17,7 +17,7 @@ from .blocks import EUPruningBlock
 from .metadata import TrainingMetadataCallback, datasets_on_the_hub, is_side_tuned
 from .pruning import prune_training_data
 
-# Side networks start at 1e-3 (docs/quality.md); what is below this is a rate for LoRA, usually 2e-4.
+# Side networks start at 1e-3; what is below this is usually left over from LoRA.
 SMALLEST_LEARNING_RATE = 5e-4
 # TRL's and Axolotl's keys for LoRA, without Axolotl's two that say where an adapter is read from.
 LORA = re.compile(r"lora_(?!model_dir$|on_cpu$)|loraplus_|relora|peft_|use_(peft|rslora|dora)$")
@@ -108,7 +108,7 @@ def add_callbacks(
     trainer.add_callback(_metadata(trainer.model, recipe, pruned))
     rate = trainer.args.learning_rate
     if rate < SMALLEST_LEARNING_RATE and trainer.is_world_process_zero():
-        warn(f"learning_rate is {rate:g}, a rate for LoRA; a side network learns more with a larger one, such as 1e-3.")
+        warn(f"learning_rate is {rate:g}, a rate for LoRA; start at 1e-3 with a side network.")
 
 
 def _metadata(model: Any, recipe: Mapping[str, Any], pruned: str | None) -> TrainingMetadataCallback:
