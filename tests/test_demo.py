@@ -66,7 +66,7 @@ def test_rows_are_the_same_for_a_seed_and_say_what_is_asked_of_them() -> None:
     assert rows == draw_rows("train", 200, seed=3) != draw_rows("train", 200, seed=4)
     for row in rows:
         fields = json.loads(row["completion"])
-        assert list(fields) == ["name", "date", "guests", "phone"]
+        assert list(fields) == ["phone", "date", "name", "guests"]
         assert row["prompt"].endswith(row["message"])
         assert all(row["message"].count(fields[name]) == 1 for name in ("name", "date", "phone"))
         assert f" {fields['guests']} " in f" {row['message']}".replace(".", " ").replace(",", " ").replace("?", " ")

@@ -22,9 +22,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DataCollatorForSeq2Seq
 from transformers.utils.logging import disable_progress_bar
 
-from .. import recipes  # type: ignore[attr-defined]  # in another folder until installed
 from ..eu_plane.rows import RowEncoder
 from ..loss import IGNORE_INDEX, chunked_cross_entropy
+from ..recipes import load as load_recipe
 from .messages import draw_rows
 
 
@@ -103,7 +103,7 @@ def score(model: Any, tokenizer: Any, recipe: dict[str, Any], description: str) 
 def main(base: str, adapter: str, recipe: str = "demo") -> None:
     """Print, as a line of JSON, the score of the adapter in one folder on the base in another, loaded by plain PEFT."""
     quiet()
-    settings, tokenizer = recipes.load(recipe), AutoTokenizer.from_pretrained(base)
+    settings, tokenizer = load_recipe(recipe), AutoTokenizer.from_pretrained(base)
     model = PeftModel.from_pretrained(load_base(base, settings["quantization"]), adapter)
     print(json.dumps(asdict(score(model, tokenizer, settings, "Evaluating the saved adapter"))))
 

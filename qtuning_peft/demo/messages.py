@@ -30,10 +30,10 @@ def draw_rows(split: str, count: int, seed: int = 0) -> list[dict[str, str]]:
     rows = []
     for _ in range(count):
         fields = {
-            "name": f"{rng.choice(words['first'])} {rng.choice(words['last'])}",
-            "date": f"{rng.randint(1, 28)} {rng.choice(month_name[1:])}",
-            "guests": rng.randint(2, 12),
             "phone": f"555-{rng.randint(0, 9999):04}",
+            "date": f"{rng.randint(1, 28)} {rng.choice(month_name[1:])}",
+            "name": f"{rng.choice(words['first'])} {rng.choice(words['last'])}",
+            "guests": rng.randint(2, 12),
         }
         opening, request, contact = (rng.choice(words[name]) for name in ("openings", "requests", "contacts"))
         if not opening or opening.endswith(". "):

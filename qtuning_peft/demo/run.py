@@ -17,12 +17,13 @@ from datasets.utils.logging import disable_progress_bar
 from peft import get_peft_model
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments, set_seed
 
-from .. import SideTuningConfig, SideTuningTrainer, recipes  # type: ignore[attr-defined]  # in another folder until installed
+from .. import SideTuningConfig, SideTuningTrainer
 from ..atomic import replacing
 from ..eu_plane import EUPruner, Pruned
 from ..eu_plane import score as score_data
 from ..eu_plane.report import write_report
 from ..hub.metadata import TrainingMetadata, machine, peak_memory
+from ..recipes import load as load_recipe
 from ..trainer import HiddenStateCacheCallback
 from .evaluate import Score, load_base, quiet, score
 from .messages import corrupt, draw_rows
@@ -31,24 +32,14 @@ from .smollm2 import prepare_checkpoint
 
 @dataclass
 class DemoResult:
-    """What the demo found.
-
-    Attributes:
-        before: Score of the quantized base.
-        after: Score of base and adapter, from a fresh process.
-        rows: The test rows.
-        pruned: What was kept of the training data.
-        corrupted: How many training rows had another row's completion.
-        corrupted_kept: How many of these were kept.
-        seconds: Of scoring the training data, of training, and in all.
-        peak_memory: Bytes; of the GPU if there is one, else resident memory of the training process, where it is known.
-        adapter: Folder of the adapter.
-        report: The training data on the Error-Uncertainty plane, an HTML file.
+    """What the demo found: the test rows, the scores of the quantized base and, from a fresh process, of base and
+    adapter; what was kept of the training data and of its corrupted rows; seconds of scoring, training and everything;
+    the most bytes that training took (of the GPU if there is one), where they are known; and the files.
     """
 
+    rows: list[dict[str, str]]
     before: Score
     after: Score
-    rows: list[dict[str, str]]
     pruned: Pruned
     corrupted: int
     corrupted_kept: int
@@ -73,7 +64,7 @@ def run_demo(output_dir: Path, seed: int | None = None) -> DemoResult:
     started = time.perf_counter()
     quiet()
     disable_progress_bar()
-    recipe = recipes.load("demo")
+    recipe = load_recipe("demo")
     seed = recipe["seed"] if seed is None else seed
     set_seed(seed)
     base_folder, adapter = prepare_checkpoint(output_dir / "base"), output_dir / "adapter"
@@ -90,7 +81,7 @@ def run_demo(output_dir: Path, seed: int | None = None) -> DemoResult:
     assert pruner.pruned is not None
     report = write_report(scored, tokenizer, pruner, output_dir / "report.html", seed=seed)
 
-    model = get_peft_model(base, SideTuningConfig(task_type="CAUSAL_LM", **recipe["qst"]))
+    model: Any = get_peft_model(base, SideTuningConfig(task_type="CAUSAL_LM", **recipe["qst"]))
     start = time.perf_counter()
     _train(model, tokenizer, scored.map(pruner, batched=True), recipe, seed, output_dir)
     train_seconds, memory = time.perf_counter() - start, peak_memory()
@@ -101,9 +92,9 @@ def run_demo(output_dir: Path, seed: int | None = None) -> DemoResult:
     with replacing(adapter) as unfinished:
         model.save_pretrained(unfinished)
     return DemoResult(
+        rows=draw_rows(recipe["test"]["split"], recipe["test"]["rows"]),
         before=before,
         after=_score_in_fresh_process(base_folder, adapter.absolute()),
-        rows=draw_rows(recipe["test"]["split"], recipe["test"]["rows"]),
         pruned=pruner.pruned,
         corrupted=len(corrupted),
         corrupted_kept=len(scored.select(corrupted).map(pruner, batched=True)),
