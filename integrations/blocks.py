@@ -1,8 +1,4 @@
-"""The two YAML blocks that turn a trainer's recipe into ours: `qst:` and `eu_pruning:`.
-
-Every trainer's integration reads the same two, so that a block can be moved from one trainer's file to another's. A
-wrong key or value fails while the file is read, naming the field.
-"""
+"""The two YAML blocks, `qst:` and `eu_pruning:`, the same in every trainer's recipe."""
 
 from __future__ import annotations
 
@@ -65,11 +61,9 @@ class QSTTrainingBlock(QSTBlock):
     """The block `qst` where callbacks can be added to the trainer: also what to keep from epoch to epoch."""
 
     hidden_state_cache_gib: float | None = Field(
-        default=None,
-        gt=0,
-        description="GiB of main memory for the base's hidden states, so that epochs after the first cost the side "
-        "network alone (`HiddenStateCacheCallback`). By default none are kept.",
-    )
+        default=None, gt=0, description="GiB of main memory for the base's hidden states, so that epochs after the "
+        "first cost the side network alone (`HiddenStateCacheCallback`). By default none are kept.",
+    )  # fmt: skip
 
     def callbacks(self) -> list[TrainerCallback]:
         """What the block asks the trainer for; see `qtuning_peft.trainer`."""
@@ -80,24 +74,20 @@ class EUPruningBlock(_PrunerOptions):
     """The block `eu_pruning`: the options of `EUPruner`, and where scores and the report go."""
 
     mode: Literal["static", "dynamic"] = Field(
-        default="static",
-        description="static: the whole data set is scored once, before training, and pruned by thresholds for all of "
-        "it. dynamic: every mini-batch is scored and pruned under the model as it is then, as published.",
-    )
+        default="static", description="static: the whole data set is scored once, before training, and pruned by "
+        "thresholds for all of it. dynamic: every mini-batch is scored and pruned under the model as it is then, as "
+        "published.",
+    )  # fmt: skip
     scorer_model: str | None = Field(
-        default=None,
-        description="Model that scores, a folder or a name on the Hub; must share the base's tokenizer. Default: the "
-        "base as it is trained, without its adapter, so nothing more is loaded.",
-    )
+        default=None, description="Model that scores, a folder or a name on the Hub; must share the base's tokenizer. "
+        "Default: the base as it is trained, without its adapter, so nothing more is loaded.",
+    )  # fmt: skip
     reference_model: str | None = Field(default=None, description="Second model, for token_strategy rho1.")
-    tokens_per_batch: int = Field(
-        default=4096, ge=1, description="Tokens in a forward pass that scores, padding included."
-    )
+    tokens_per_batch: int = Field(default=4096, ge=1, description="Tokens in a scoring pass, padding included.")
     cache_path: str | None = Field(
-        default=None,
-        description="Folder that keeps scores; an interrupted run goes on from there, and other ratios need no new "
-        "scores. Default: eu_scores in the folder of prepared data, or else in the output folder.",
-    )
+        default=None, description="Folder that keeps scores; an interrupted run goes on from there, and other ratios "
+        "need no new scores. Default: eu_scores in the folder of prepared data, or else in the output folder.",
+    )  # fmt: skip
     report_path: str | None = Field(
         default=None, description="HTML report on what is kept. Default: eu_report.html in the output folder."
     )
@@ -118,22 +108,13 @@ class EUPruningBlock(_PrunerOptions):
         return self
 
     def pruner(self, tokenizer: Any) -> EUPruner:
-        """The pruner that this block describes.
-
-        Args:
-            tokenizer: The model's tokenizer; without it nothing is protected from trimming.
-        """
+        """The pruner that this block describes; without the model's tokenizer nothing is protected from trimming."""
         names = {*_PrunerOptions.model_fields} - ({"protect"} if tokenizer is None else set())
         return EUPruner(**self.model_dump(include=names), tokenizer=tokenizer)
 
 
 def read_block(name: str, kind: type[Block], content: Any) -> Block:
-    """Read the block `name` of a YAML file.
-
-    Args:
-        name: Its key, for messages.
-        kind: `QSTBlock` or `EUPruningBlock`.
-        content: What stands under the key; nothing at all means defaults.
+    """Read the block of class `kind` under the key `name` of a YAML file; `None` means defaults.
 
     Raises:
         ValueError: in one sentence, naming the field, when it is wrong.
@@ -142,7 +123,7 @@ def read_block(name: str, kind: type[Block], content: Any) -> Block:
         return kind.model_validate({} if content is None else content)
     except ValidationError as error:
         found = error.errors()[0]
-        where = ".".join([name, *(str(part) for part in found["loc"])])
+        where = ".".join([name, *map(str, found["loc"])])
         if found["type"] == "extra_forbidden":
             raise ValueError(f"{where} is no field; choose from {', '.join(kind.model_fields)}.") from None
         cause = str(found.get("ctx", {}).get("error", "")) or f"{found['msg']}, not {found['input']!r}."

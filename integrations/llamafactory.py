@@ -1,13 +1,10 @@
 """LLaMA-Factory 0.9: pruned data for its default engine, and, as an experiment, QST in its new one.
 
-Its default engine is closed to other methods, but not to pruned data:
-
+Commands:
     register      whole samples (`token_ratio` 1): an entry in `dataset_info.json` for what `qtuning prune` wrote
     tokenized     trimmed samples: a folder for its option `tokenized_path`
-
-Its engine v1 has a registry of methods, but imports nobody's package. So it is started here, with QST registered:
-
-    train         a recipe of engine v1 with `peft_config: {name: qst, reduction_factor: 8}`
+    train         a recipe of engine v1 with `peft_config: {name: qst, reduction_factor: 8}`; this engine has a registry
+                  of methods, but imports nobody's package, so it is started here
 """
 
 from __future__ import annotations
@@ -30,25 +27,21 @@ from qtuning_peft.eu_plane.files import read_data, write_data
 from .blocks import QSTBlock, read_block
 
 app = typer.Typer(
-    help="Pruned data, and, as an experiment, QST, for LLaMA-Factory.",
-    no_args_is_help=True,
-    add_completion=False,
+    help="Pruned data, and, as an experiment, QST, for LLaMA-Factory.", no_args_is_help=True, add_completion=False,
     pretty_exceptions_enable=False,
-)
+)  # fmt: skip
 
 # LLaMA-Factory's entry for rows that have these columns, first match first.
 ENTRIES: dict[tuple[str, ...], dict[str, Any]] = {
     ("messages",): {
-        "formatting": "sharegpt",
-        "columns": {"messages": "messages"},
+        "formatting": "sharegpt", "columns": {"messages": "messages"},
         "tags": {f"{tag}_tag": tag for tag in ("role", "content", "user", "assistant", "system")},
     },
     ("conversations",): {"formatting": "sharegpt", "columns": {"messages": "conversations"}},
     ("prompt", "completion"): {"columns": {"prompt": "prompt", "response": "completion"}},
     ("instruction", "input", "output"): {},
     ("instruction", "output"): {"columns": {"prompt": "instruction", "response": "output"}},
-}
-
+}  # fmt: skip
 
 Rows = Annotated[Path, typer.Argument(help="Kept rows that `qtuning prune` wrote.")]
 Name = Annotated[str, typer.Option(help="What `dataset:` in a recipe calls the data.")]
@@ -69,8 +62,8 @@ def register(rows: Rows, name: Name, info_file: InfoFile = Path("data/dataset_in
         raise ValueError(f"{info_file} is no JSON: {error}; repair it.") from error
     if not isinstance(listed, dict):
         raise ValueError(f"{info_file} holds no JSON object; name the dataset_info.json of LLaMA-Factory.")
+    text = json.dumps(listed | {name: entry}, indent=2, ensure_ascii=False)
     with replacing(info_file) as unfinished:
-        text = json.dumps(listed | {name: entry}, indent=2, ensure_ascii=False)
         unfinished.write_text(text + "\n", encoding="utf-8")
     typer.echo(f"{info_file}: {json.dumps({name: entry})}")
 
@@ -99,8 +92,7 @@ def _entry(data: Dataset) -> dict[str, Any]:
 def tokenized(rows: Rows, output: Folder) -> None:
     """Write kept samples, trimmed or whole, for LLaMA-Factory's option tokenized_path."""
     data = read_data(rows)
-    missing = [column for column in ("input_ids", "labels") if column not in data.column_names]
-    if missing:
+    if missing := [column for column in ("input_ids", "labels") if column not in data.column_names]:
         raise ValueError(f"The data has no column {' and '.join(missing)}; use what `qtuning prune` wrote.")
     if output.suffix:
         raise ValueError(f"{output.name} ends in {output.suffix}; name a folder without an ending.")

@@ -1,7 +1,7 @@
 """lm-evaluation-harness that knows QST: `python -m qtuning_peft.integrations.lm_eval`, then what `lm_eval` takes.
 
-The harness loads an adapter with plain PEFT (`--model_args pretrained=BASE,peft=ADAPTER`), but imports no other package
-first, so that to `lm_eval` itself the method is unknown. As a module this also runs under `accelerate launch -m`.
+The harness loads an adapter with plain PEFT (`--model_args pretrained=BASE,peft=ADAPTER`), but `lm_eval` itself imports
+nothing that registers QST. As a module this also runs under `accelerate launch -m`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """TRL: `qtuning sft --config recipe.yaml` runs TRL's own SFT script on TRL's own YAML keys, with our two blocks.
 
-A YAML file for `trl sft` becomes ours by adding `qst:`, `eu_pruning:`, or both. On several GPUs:
-`accelerate launch -m qtuning_peft.integrations.trl --config recipe.yaml`.
-
-In Python nothing of this is needed for side tuning, `SFTTrainer(peft_config=SideTuningConfig(...))` does it;
-[`EUPruningSFTTrainer`] adds the pruning of what TRL has tokenized.
+A file for `trl sft` becomes ours by adding `qst:`, `eu_pruning:`, or both. On several GPUs: `accelerate launch -m
+qtuning_peft.integrations.trl --config recipe.yaml`. In Python, `SFTTrainer(peft_config=SideTuningConfig(...))` is
+enough for side tuning; [`EUPruningSFTTrainer`] adds the pruning of what TRL has tokenized.
 """
 
 from __future__ import annotations
@@ -51,32 +49,32 @@ class EUPruningSFTTrainer(SFTTrainer):
     """TRL's `SFTTrainer`, which prunes its training data as the block `eu_pruning` says.
 
     In mode static, rows are pruned between TRL's tokenization and its packing, so that packs hold what is kept; rows
-    longer than `max_length` are truncated first. In mode dynamic, every batch is pruned.
-
-    The card of a side network, which TRL writes anew at every checkpoint and push, also says how to use it, and how it
-    was trained.
+    longer than `max_length` are truncated first. In mode dynamic, every batch is pruned. The card of a side network
+    also says how to use it, and how it was trained.
 
     Args:
         eu_pruning: What to keep; `None` for everything.
         recipe: Settings for the card, under TRL's keys; it shows those that decide what is learned, and no paths.
         *args, **kwargs: As `SFTTrainer` takes them.
-
-    Raises:
-        ValueError: when the data cannot be pruned.
     """
 
     def __init__(
-        self,
-        *args: Any,
-        eu_pruning: EUPruningBlock | None = None,
-        recipe: Mapping[str, Any] | None = None,
+        self, *args: Any, eu_pruning: EUPruningBlock | None = None, recipe: Mapping[str, Any] | None = None,
         **kwargs: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._static = eu_pruning is not None and eu_pruning.mode == "static"
         super().__init__(*args, **kwargs)
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         block = {} if eu_pruning is None else {"eu_pruning": eu_pruning.model_dump(exclude_unset=True)}
-        pruned = self._prune(eu_pruning, tokenizer) if eu_pruning is not None and self._static else None
+        pruned = None
+        if eu_pruning is not None and self._static:
+            data: Any = self.train_dataset  # type: ignore[has-type]  # set by TRL, and again below
+            if not isinstance(data, Dataset):
+                raise ValueError("eu_pruning.mode is 'static', but the training data is streamed; choose 'dynamic'.")
+            folder, packing = Path(self.args.output_dir), self.args.packing
+            kept, pruned = prune_before_training(data, self.model, tokenizer, eu_pruning, folder, logger.info)
+            prepare = super()._prepare_dataset
+            self.train_dataset = prepare(kept, self.processing_class, self.args, packing, None, "train")
         add_callbacks(self, tokenizer, recipe or vars(self.args) | block, eu_pruning, pruned, logger.warning)
 
     def create_model_card(
@@ -91,21 +89,6 @@ class EUPruningSFTTrainer(SFTTrainer):
                 adapter=self.hub_model_id or "ADAPTER", training=getattr(self.model, "training_metadata", None),
             )  # fmt: skip
 
-    def _prune(self, block: EUPruningBlock, tokenizer: Any) -> str | None:
-        data: Any = self.train_dataset  # type: ignore[has-type]  # set by TRL, and again below
-        if not isinstance(data, Dataset):
-            raise ValueError(
-                "eu_pruning.mode is 'static', but the training data is streamed and cannot be seen whole; choose "
-                "'dynamic'."
-            )
-        kept, pruned = prune_before_training(
-            data, self.model, tokenizer, block, Path(self.args.output_dir), logger.info
-        )
-        self.train_dataset = super()._prepare_dataset(
-            kept, self.processing_class, self.args, self.args.packing, None, "train"
-        )
-        return pruned
-
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
@@ -115,29 +98,20 @@ class EUPruningSFTTrainer(SFTTrainer):
 
 
 def main(arguments: list[str]) -> None:
-    """Run TRL's SFT script.
-
-    Args:
-        arguments: As on the command line; `--config` names the YAML file.
-
-    Raises:
-        ValueError: in one sentence, when a block or a key is wrong.
-    """
+    """Run TRL's SFT script on command-line arguments; a wrong block or key is a ValueError of one sentence."""
     if not {"-h", "--help"}.isdisjoint(arguments):
         print(_help())
         return
     options = {option[2:].partition("=")[0].replace("-", "_") for option in arguments if option.startswith("--")}
     given = options | _keys_of_file(arguments)
-    parser = TrlParser(
-        (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, Blocks), prog="qtuning sft", usage=USAGE
-    )
+    kinds = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, Blocks)
+    parser = TrlParser(kinds, prog="qtuning sft", usage=USAGE)
     script_args, training_args, model_args, dataset_args, ours = parser.parse_args_and_config(arguments)
     # A block without content asks for defaults.
     blocks = {name: content for name, content in vars(ours).items() if name in given}
     # As they count: of the file, of the command line, and by default.
     recipe = {**vars(dataset_args), **vars(model_args), **vars(training_args), **vars(script_args), **blocks}
-    recipe["datasets"] = [vars(entry) for entry in dataset_args.datasets or []]
-    changes: dict[str, Any] = {"recipe": recipe}
+    changes: dict[str, Any] = {"recipe": recipe | {"datasets": [vars(each) for each in dataset_args.datasets or []]}}
     if "qst" in blocks:
         refuse_lora({key: value for key, value in vars(model_args).items() if key in given}, "there is a block qst")
         qst = read_block("qst", QSTTrainingBlock, blocks["qst"])
@@ -147,12 +121,8 @@ def main(arguments: list[str]) -> None:
     # What is kept belongs on the screen of every run.
     logging.basicConfig(format="%(message)s")
     logging.getLogger("qtuning_peft").setLevel(logging.INFO)
-
-    def trainer(**of_script: Any) -> EUPruningSFTTrainer:
-        return EUPruningSFTTrainer(**of_script | changes)
-
     # The script looks its trainer up in `trl` when it runs.
-    trl.SFTTrainer = trainer
+    trl.SFTTrainer = lambda **of_script: EUPruningSFTTrainer(**of_script | changes)
     try:
         sft.main(script_args, training_args, model_args, dataset_args)
     finally:
@@ -180,10 +150,11 @@ def _help() -> str:
     )  # fmt: skip
     # Read now, not when the blocks were made: other packages may have registered further choices.
     options = {field.name: field for kind in (SideTuningConfig, EUPruner) for field in fields(kind)}
-    for block, title in (
-        (QSTTrainingBlock, "qst, a side network beside the frozen base instead of LoRA"),
-        (EUPruningBlock, "eu_pruning, what to keep of the training data"),
-    ):
+    titles: dict[type[QSTTrainingBlock | EUPruningBlock], str] = {
+        QSTTrainingBlock: "qst, a side network beside the frozen base instead of LoRA",
+        EUPruningBlock: "eu_pruning, what to keep of the training data",
+    }
+    for block, title in titles.items():
         group = parser.add_argument_group(title)
         for key, entry in block.model_fields.items():
             described = key in options and "help" in options[key].metadata

@@ -10,16 +10,14 @@ from pydantic import BaseModel, Field, model_validator
 from ..blocks import EUPruningBlock, QSTTrainingBlock, read_block
 from ..common import refuse_lora
 
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-INT8 = {"load_in_8bit": True}
+NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 
 class QTuningArgs(BaseModel):
     """Axolotl's configuration has these keys besides its own."""
 
     qst: QSTTrainingBlock | None = Field(
-        default=None,
-        description="Quantized side tuning, with `adapter: qst`: the fields of `SideTuningConfig`, and what to keep.",
+        default=None, description="Quantized side tuning, with `adapter: qst`: `SideTuningConfig`, and what to keep."
     )
     eu_pruning: EUPruningBlock | None = Field(
         default=None, description="Pruning of the training data on the Error-Uncertainty plane, with any adapter."
@@ -29,14 +27,13 @@ class QTuningArgs(BaseModel):
     @classmethod
     def check(cls, data: Any) -> Any:
         """Refuse what contradicts the blocks, and ask for the quantization that Axolotl keeps for its own adapters."""
-        if "qst" in data and data["qst"] is not None:
+        if data.get("qst") is not None:
             read_block("qst", QSTTrainingBlock, data["qst"])
         if "eu_pruning" in data:
             read_block("eu_pruning", EUPruningBlock, data["eu_pruning"])
             if data.get("rl"):
                 raise ValueError(
-                    f"rl is {data['rl']!r} beside eu_pruning, which needs one answer for each prompt; leave eu_pruning "
-                    "out."
+                    f"rl is {data['rl']!r} beside eu_pruning, which needs one answer a prompt; remove one."
                 )
             if data.get("pretraining_dataset") or data.get("streaming"):
                 raise ValueError("eu_pruning cannot see streamed data whole; give datasets, without streaming.")
@@ -45,20 +42,13 @@ class QTuningArgs(BaseModel):
                 raise ValueError(f"adapter is {data.get('adapter')!r} beside the block qst; set adapter: qst.")
             return data
         if data.get("merge_lora"):
-            raise ValueError(
-                "adapter is 'qst', which cannot be merged: a side network is no change of the base's weights; share "
-                "the adapter itself."
-            )
+            raise ValueError("adapter is 'qst', which cannot be merged into the base; share the adapter itself.")
         refuse_lora(data, "adapter is 'qst'")
         return data | quantization(data)
 
 
 def quantization(data: dict[str, Any]) -> dict[str, Any]:
-    """The key that quantizes the base on loading; Axolotl does so only for adapters of its own.
-
-    Raises:
-        ValueError: when it is impossible.
-    """
+    """The key that quantizes the base on loading; Axolotl does so only for adapters of its own."""
     bits = [name for name in ("load_in_4bit", "load_in_8bit") if data.get(name)]
     if not bits:
         return {}
@@ -66,14 +56,15 @@ def quantization(data: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("load_in_4bit and load_in_8bit are both true; choose one.")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(f"{bits[0]} is true, but bitsandbytes is not installed: pip install bitsandbytes.")
-    overrides = dict(data.get("overrides_of_model_kwargs") or {})
-    wanted = NF4 | {"bnb_4bit_compute_dtype": compute_dtype(data)} if bits == ["load_in_4bit"] else INT8
-    wanted = wanted | (data.get("bnb_config_kwargs") or {})
-    overrides.setdefault("quantization_config", {"quant_method": "bitsandbytes"} | wanted)
-    return {"overrides_of_model_kwargs": overrides}
+    wanted = {"quant_method": "bitsandbytes", bits[0]: True}
+    if bits == ["load_in_4bit"]:
+        wanted |= NF4 | {"bnb_4bit_compute_dtype": _compute_dtype(data)}
+    wanted |= data.get("bnb_config_kwargs") or {}
+    own = data.get("overrides_of_model_kwargs") or {}
+    return {"overrides_of_model_kwargs": {"quantization_config": wanted} | own}
 
 
-def compute_dtype(data: dict[str, Any]) -> str:
+def _compute_dtype(data: dict[str, Any]) -> str:
     """What 4-bit weights are multiplied in: as Axolotl reads its keys for precision."""
     import torch
 

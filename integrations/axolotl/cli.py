@@ -9,11 +9,7 @@ import click
 
 @click.command("qtuning-prune")
 @click.argument("config", type=click.Path(exists=True, dir_okay=False))
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    help="Also write the kept rows: .jsonl, .parquet, or a folder of save_to_disk, for Axolotl and other trainers.",
-)
+@click.option("--output", type=click.Path(path_type=Path), help="Write the kept rows: .jsonl, .parquet, or a folder.")
 def prune(config: str, output: Path | None) -> None:
     """Score and prune the training data of CONFIG, and write the report on it.
 

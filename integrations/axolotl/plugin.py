@@ -54,23 +54,18 @@ class QTuningPlugin(BasePlugin):
         loaded = next((bits for bits in ("4bit", "8bit") if getattr(base, f"is_loaded_in_{bits}", False)), None)
         for bits in ("4bit", "8bit"):
             if cfg[f"load_in_{bits}"] and loaded != bits and not getattr(base, "is_quantized", False):
-                raise RuntimeError(
-                    f"load_in_{bits} is true, but the base was loaded without quantization; this is a fault here."
-                )
+                raise RuntimeError(f"load_in_{bits} is true, but the base is not quantized; this is a fault here.")
         size = base.get_memory_footprint() / 2**20
         LOG.info("Side network beside a base of %.1f MiB (%s)", size, f"{loaded[0]}-bit" if loaded else base.dtype)
 
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
         """Train on the CPU where there is no GPU, also in bfloat16; score batches where the model is."""
-        arguments: dict[str, Any] = {}
-        if cfg.adapter == "qst":
-            import torch
+        import torch
 
-            if not torch.cuda.is_available():
-                arguments["use_cpu"] = True
-        if cfg.eu_pruning and cfg.eu_pruning.mode == "dynamic":
-            arguments |= {"dataloader_num_workers": 0, "dataloader_prefetch_factor": None}
-        return arguments or None
+        on_cpu = cfg.adapter == "qst" and not torch.cuda.is_available()
+        dynamic = cfg.eu_pruning and cfg.eu_pruning.mode == "dynamic"
+        loading = {"dataloader_num_workers": 0, "dataloader_prefetch_factor": None}
+        return ({"use_cpu": True} if on_cpu else {}) | (loading if dynamic else {}) or None
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Prune the training data, if asked to, and add what the blocks ask of the trainer."""
@@ -83,24 +78,25 @@ class QTuningPlugin(BasePlugin):
         pruned = None
         if eu_pruning is not None and eu_pruning.mode == "static":
             trainer.train_dataset, pruned = prune(cfg, trainer.train_dataset, trainer.model, trainer.processing_class)
-            self._count_steps(cfg, trainer)
+            _count_steps(cfg, trainer)
         add_callbacks(trainer, trainer.processing_class, cfg, eu_pruning, pruned, LOG.warning)
         if cfg.adapter == "qst":
             for callback in QSTTrainingBlock(**(cfg.qst or {})).callbacks():
                 trainer.add_callback(callback)
 
-    def _count_steps(self, cfg: Any, trainer: Any) -> None:
-        """Steps and warm-up of the pruned data; Axolotl has counted those of all rows."""
-        from axolotl.utils.trainer import calculate_total_num_steps
 
-        cfg.total_num_tokens = cfg.total_supervised_tokens = None
-        steps = max(int(calculate_total_num_steps(cfg, trainer.train_dataset)), 1)
-        if not cfg.max_steps:
-            trainer.args.max_steps = steps
-        if cfg.warmup_steps is None:
-            share = cfg.warmup_ratio if cfg.warmup_ratio is not None else 0.03
-            trainer.args.warmup_steps = int(share * (cfg.max_steps or steps))
-        LOG.info("%d steps of pruned data", trainer.args.max_steps)
+def _count_steps(cfg: Any, trainer: Any) -> None:
+    """Steps and warm-up of the pruned data; Axolotl has counted those of all rows."""
+    from axolotl.utils.trainer import calculate_total_num_steps
+
+    cfg.total_num_tokens = cfg.total_supervised_tokens = None
+    steps = max(int(calculate_total_num_steps(cfg, trainer.train_dataset)), 1)
+    if not cfg.max_steps:
+        trainer.args.max_steps = steps
+    if cfg.warmup_steps is None:
+        share = cfg.warmup_ratio if cfg.warmup_ratio is not None else 0.03
+        trainer.args.warmup_steps = int(share * (cfg.max_steps or steps))
+    LOG.info("%d steps of pruned data", trainer.args.max_steps)
 
 
 def prune(cfg: Any, dataset: Any, model: Any, tokenizer: Any) -> tuple[Any, str | None]:

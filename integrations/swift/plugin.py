@@ -4,9 +4,8 @@ ms-swift imports this file by its path, which `python -m qtuning_peft.integratio
 
     swift sft recipe.yaml --external_plugins "$(python -m qtuning_peft.integrations.swift)"
 
-A plugin cannot add options to ms-swift, whose parser has run before the plugin is imported. Of ms-swift's own options,
-`model_kwargs` holds nested blocks, from YAML or as JSON on the command line, and goes to `args.json` beside every
-checkpoint; ours are the keys `qst` and `eu_pruning` under it.
+Its parser has run before the plugin is imported, so that our blocks are keys of an option of its own: `qst` and
+`eu_pruning` under `model_kwargs`, which also goes to `args.json` beside every checkpoint.
 """
 
 from __future__ import annotations
@@ -38,17 +37,11 @@ class QSTTuner(PeftTuner):
 
     @staticmethod
     def prepare_model(args: Any, model: nn.Module) -> nn.Module:
-        """Put a fresh side network beside `model`, as `model_kwargs.qst` says.
-
-        Raises:
-            ValueError: when the block is missing or wrong, or the task is none that a side network is trained for.
-        """
+        """Put a fresh side network beside `model`, as `model_kwargs.qst` says."""
         # ms-swift takes any key there: a misspelt one would otherwise train something else.
         if "qst" not in args.model_kwargs:
-            raise ValueError(
-                f"model_kwargs has the keys {', '.join(args.model_kwargs) or 'none'}, but tuner_type is 'qst'; add "
-                "qst, such as qst: {reduction_factor: 8}, or qst: {} for the defaults."
-            )
+            keys = ", ".join(args.model_kwargs) or "none"
+            raise ValueError(f"model_kwargs has the keys {keys}, but tuner_type is 'qst'; add qst, such as qst: {{}}.")
         if "eu_pruning" in args.model_kwargs and "eu_pruning" not in args.callbacks:
             raise ValueError(f"model_kwargs has eu_pruning, but callbacks is {args.callbacks}; add eu_pruning to it.")
         if args.task_type not in TASK_TYPES:
@@ -61,39 +54,27 @@ class StaticPruningCallback(TrainerCallback):
     """Prunes a trainer's training data when the trainer is complete, before it counts its steps."""
 
     def __init__(self, block: EUPruningBlock, trainer: Any) -> None:
-        self.block = block
-        self.trainer = trainer
+        self.block, self.trainer = block, trainer
 
     def on_init_end(self, *args: Any, **kwargs: Any) -> None:
-        """Replace the trainer's data by what is kept of it.
-
-        Raises:
-            ValueError: when the data cannot be pruned.
-        """
-        trainer = self.trainer
-        data = trainer.train_dataset
+        """Replace the trainer's data by what is kept of it."""
+        trainer, data = self.trainer, self.trainer.train_dataset
         if not isinstance(data, LazyLLMDataset):
             raise ValueError(
-                f"model_kwargs.eu_pruning.mode is 'static', but the training data is {type(data).__name__}, whose "
-                "samples cannot be pruned one by one; turn streaming and packing off, or prune beforehand with "
-                "qtuning prune."
+                f"model_kwargs.eu_pruning.mode is 'static', but the training data is {type(data).__name__}; turn "
+                "streaming and packing off, or prune beforehand with qtuning prune."
             )
         # Encoded once here instead of in every epoch; `lengths` is what ms-swift groups by.
         rows = Dataset.from_list([_row(data[index]) for index in range(len(data))])
-        kept, _ = prune_before_training(
-            rows, trainer.model, trainer.template.tokenizer, self.block, Path(trainer.args.output_dir), logger.info
-        )
+        tokenizer, folder = trainer.template.tokenizer, Path(trainer.args.output_dir)
+        kept, _ = prune_before_training(rows, trainer.model, tokenizer, self.block, folder, logger.info)
         trainer.train_dataset = kept.map(
             lambda row: {"lengths": [len(row["input_ids"])]}, keep_in_memory=True, load_from_cache_file=False
         )
 
 
 def eu_pruning(args: Any, trainer: Any) -> TrainerCallback:
-    """What `callbacks: [eu_pruning]` stands for: pruning as `model_kwargs.eu_pruning` says, with any tuner.
-
-    Raises:
-        ValueError: when the block is missing or wrong, or when the task has no tokens to learn.
-    """
+    """What `callbacks: [eu_pruning]` stands for: pruning as `model_kwargs.eu_pruning` says, with any tuner."""
     # The trainer's arguments have no model_kwargs; ms-swift hands them on in the environment, as Python literals.
     content = os.environ.get("EU_PRUNING")
     if content is None:
@@ -104,19 +85,16 @@ def eu_pruning(args: Any, trainer: Any) -> TrainerCallback:
             f"task_type is {trainer.task_type!r}, whose samples have no supervised tokens to score; remove eu_pruning, "
             "or choose causal_lm."
         )
-    if block.mode == "static":
-        return StaticPruningCallback(block, trainer)
-    return batch_pruning(block, trainer.template.tokenizer)
+    static = block.mode == "static"
+    return StaticPruningCallback(block, trainer) if static else batch_pruning(block, trainer.template.tokenizer)
 
 
 def _row(encoded: dict[str, Any]) -> dict[str, Any]:
     """The columns that training needs of what ms-swift's template makes of a sample."""
-    known = {"input_ids", "labels", "length", "lengths"}
-    other = sorted(encoded.keys() - known)
-    if other:
+    if other := sorted(encoded.keys() - {"input_ids", "labels", "length", "lengths"}):
         raise ValueError(
-            f"model_kwargs.eu_pruning.mode is 'static', but samples have {', '.join(other)} beside their tokens, which "
-            "pruning does not know; leave out the option that adds them, such as loss_scale."
+            f"model_kwargs.eu_pruning.mode is 'static', but samples have {', '.join(other)} beside their tokens; leave "
+            "out the option that adds them, such as loss_scale."
         )
     return {"input_ids": encoded["input_ids"], "labels": encoded["labels"]}
 

