@@ -14,20 +14,10 @@ from .trainer import HiddenStateCacheCallback, PrefixCachingCallback, SideTuning
 
 __version__ = "0.1.0"
 __all__ = [
-    "EUPruner",
-    "EUPruningCallback",
-    "EUScorer",
-    "HiddenStateCacheCallback",
-    "PrefixCachingCallback",
-    "SideTuningConfig",
-    "SideTuningModel",
-    "SideTuningTrainer",
-    "__version__",
-    "add_few_shot_examples",
-    "fit_projections",
-    "prune",
-    "score",
-]
+    "EUPruner", "EUPruningCallback", "EUScorer", "HiddenStateCacheCallback", "PrefixCachingCallback",
+    "SideTuningConfig", "SideTuningModel", "SideTuningTrainer",
+    "__version__", "add_few_shot_examples", "fit_projections", "prune", "score",
+]  # fmt: skip
 
 register()
 load_extensions()

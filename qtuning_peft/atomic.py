@@ -15,13 +15,7 @@ import psutil
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A place to write a file or a folder to; it takes the place of `path` if the context ends well.
-
-    Args:
-        path: Where the result goes; its folder is made.
-
-    Yields:
-        Where to write: a path of the same name, in a temporary folder beside `path`; nothing is there yet.
+    """Yields a free path of the same name to write a file or a folder to; it replaces `path` if the context ends well.
 
     Raises:
         ValueError: when `path` is neither a file nor a folder.
@@ -32,9 +26,8 @@ def replacing(path: Path) -> Iterator[Path]:
         raise ValueError(f"{path} is neither a file nor a folder, and is not replaced.")
     path.parent.mkdir(parents=True, exist_ok=True)
     _clean_up_after_killed(path)
-    with TemporaryDirectory(
-        prefix=f".{path.name}.{os.getpid()}.", dir=path.parent, ignore_cleanup_errors=True
-    ) as beside:
+    prefix = f".{path.name}.{os.getpid()}."
+    with TemporaryDirectory(prefix=prefix, dir=path.parent, ignore_cleanup_errors=True) as beside:
         unfinished, former = Path(beside) / path.name, Path(beside) / "former"
         yield unfinished
         if unfinished.is_dir() and path.exists():

@@ -1,8 +1,8 @@
-"""Worked examples before every conversation, in the tokenizer's chat template.
+"""Few-shot examples before every conversation, in the tokenizer's chat template.
 
 A frozen base that has read a few questions with their answers continues in kind before anything is trained (in-context
 learning, Brown et al., 2020), and a side network learns from hidden states that are nearer to the task. The examples
-are tokens that all rows share: training computes them once (see `side_tuning.shared_prefix`). They are part of the chat
+are tokens that all rows share: training computes them once (see `states.prefix`). They are part of the chat
 template, so that whatever renders it (TRL, `generate`, a server) puts them there, and it is saved with the tokenizer.
 """
 
@@ -25,7 +25,7 @@ MARK = BEFORE.partition("EXAMPLES")[0]
 def add_few_shot_examples(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> None:
     """Put `messages` behind the system prompt of every conversation that `tokenizer` renders from now on.
 
-    Train on the answer alone (TRL: `prompt` and `completion` columns): the examples are not to be learned by heart.
+    Train on the answer alone (TRL: `prompt` and `completion` columns): the examples are not to be memorized.
 
     Args:
         tokenizer: One with a chat template, which is changed. `save_pretrained` saves it.

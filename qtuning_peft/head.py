@@ -19,11 +19,7 @@ from torch import Tensor, nn
 
 
 def causal_model(model: nn.Module) -> Any:
-    """The transformers model inside `model`, adapters included.
-
-    Raises:
-        ValueError: when it has no decoder and head, or when its PEFT method adds tokens of its own to the input.
-    """
+    """The transformers model inside `model`, adapters included; a `ValueError` when it has no decoder and head."""
     if isinstance(model, PeftModel):
         if model.active_peft_config.is_prompt_learning:
             raise ValueError(
@@ -55,14 +51,8 @@ def head_of(base: Any, output: Any) -> Callable[[Tensor], Tensor]:
     """The model behind its decoder as a function: hidden states (tokens, d) to logits (tokens, vocabulary).
 
     Families scale or cap their logits behind the head, each in its own `forward`. So that `forward` is what runs, with
-    a decoder that hands out the given hidden states.
-
-    Args:
-        base: A causal language model.
-        output: What its decoder returned for some input.
-
-    Returns:
-        The function. It raises a `ValueError` when the model's `forward` does not go through its decoder.
+    a decoder that hands out the given hidden states; `output` is what it returned for some input. The function raises a
+    `ValueError` when the model's `forward` does not go through its decoder.
     """
     decoder = base.get_decoder()
 

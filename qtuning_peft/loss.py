@@ -33,17 +33,12 @@ def chunked_cross_entropy(
     """Mean negative log-likelihood of the supervised tokens, in nats.
 
     Args:
-        model: A transformers causal language model, or a PEFT model around one.
         input_ids: (batch, length), int64.
         labels: (batch, length), int64, -100 where a token is not supervised. They are shifted here.
         num_items: Divisor instead of the number of supervised tokens, for gradient accumulation.
-        **inputs: Passed to the decoder: `attention_mask`, `position_ids`.
 
     Returns:
         The loss, a float32 scalar; zero for a batch without supervised tokens.
-
-    Raises:
-        ValueError: when `model` is not a causal language model.
     """
     base = causal_model(model)
     with reading_from(lambda: unsupervised_columns(labels)):

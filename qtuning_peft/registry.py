@@ -18,11 +18,7 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """A mapping from names to what they stand for, in order of registration.
-
-    Args:
-        field: The option that takes the names, for messages.
-    """
+    """What the names that the option `field` takes mean, in order of registration."""
 
     def __init__(self, field: str) -> None:
         self.field = field
@@ -30,11 +26,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self._help: dict[str, str] = {}
 
     def add(self, name: str, choice: T, help: str | None = None) -> T:
-        """Register `choice`; the first line of `help` describes it.
-
-        Raises:
-            ValueError: when the name is taken.
-        """
+        """Register `choice`; the first line of `help` describes it. A `ValueError` when the name is taken."""
         if name in self._choices:
             raise ValueError(f"{self.field} {name} is registered already; choose another name.")
         self._choices[name] = choice
@@ -49,11 +41,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return lambda choice: self.add(name, choice, choice.__doc__)
 
     def check(self, name: object) -> None:
-        """Check that `name` is registered.
-
-        Raises:
-            ValueError: naming the choices, when it is not.
-        """
+        """Check that `name` is registered; else a `ValueError` that names the choices."""
         if not isinstance(name, str) or name not in self._choices:
             raise ValueError(f"{self.field} is {short(name)}; choose one of {', '.join(self)}.")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from .states import cache_states, common_prefix, reuse_of
 
@@ -24,9 +24,7 @@ class PrefixCachingCallback(TrainerCallback):
     or where there is no side network.
     """
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Find the prefix in the training data."""
         reuse = reuse_of(kwargs["model"])
         data: Any = getattr(kwargs.get("train_dataloader"), "dataset", None)
@@ -34,9 +32,7 @@ class PrefixCachingCallback(TrainerCallback):
         if reuse is not None and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
             reuse.cache_prefix(common_prefix(data[index] for index in range(min(ROWS, len(data)))))
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Free its keys and values."""
         reuse = reuse_of(kwargs["model"])
         if reuse is not None:
@@ -52,9 +48,6 @@ class HiddenStateCacheCallback(TrainerCallback):
     Args:
         gibibytes: Of memory at most. A row of n tokens takes n (N + 2) d numbers of 16 bits, N taps of width d: 0.1 MB
             a token for the default beside Llama-3-8B.
-
-    Raises:
-        ValueError: when `gibibytes` is not above zero.
     """
 
     def __init__(self, gibibytes: float) -> None:
@@ -62,16 +55,12 @@ class HiddenStateCacheCallback(TrainerCallback):
             raise ValueError(f"gibibytes is {gibibytes}; give a number above 0.")
         self.gibibytes = gibibytes
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Begin to cache, if there is more than one epoch."""
         if state.num_train_epochs > 1:
             cache_states(kwargs["model"], round(self.gibibytes * 2**30))
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Free them."""
         cache_states(kwargs["model"], 0)
 

@@ -33,12 +33,7 @@ class HiddenStateCache:
     def states(self, follower: Follower, inputs: dict[str, Any]) -> BaseStates | None:
         """The states for a pass that may be served: cached ones, or those of the base, which are then cached.
 
-        Args:
-            follower: The follower of the decoder.
-            inputs: The decoder's arguments; `past_key_values` may be a prompt prefix.
-
-        Returns:
-            The states; `None` if the decoder does more behind its norm than can be done again.
+        `None` if the decoder does more behind its norm than can be done again.
         """
         input_ids: Tensor = inputs["input_ids"]  # (batch, length)
         length, mask = input_ids.shape[1], inputs.get("attention_mask")

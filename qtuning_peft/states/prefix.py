@@ -57,9 +57,7 @@ class PromptPrefix:
     def begins(self, inputs: Mapping[str, Any], first_read: int | None) -> bool:
         """Whether all rows of a pass that may be served begin with the prefix, and nobody reads its positions.
 
-        Args:
-            inputs: The decoder's arguments.
-            first_read: No hidden state before column `first_read` - 1 is read; `None` if that is not known.
+        No hidden state before column `first_read` - 1 is read; `None` if that is not known.
         """
         length, input_ids, mask = len(self.input_ids), inputs["input_ids"], inputs.get("attention_mask")
         # The last of the prefix must not be what predicts a supervised token.
@@ -73,11 +71,8 @@ class PromptPrefix:
         """The decoder's arguments for the rest of each row, and its last hidden state for the prefix, (1, P, d)."""
         input_ids: Tensor = inputs["input_ids"]
         cache, hidden_states = self._states(follower, input_ids.device)
-        rest = {
-            name: inputs[name][:, len(self.input_ids) :]
-            for name in ("input_ids", "position_ids")
-            if _given(inputs, name)
-        }
+        given = {name: inputs.get(name) for name in ("input_ids", "position_ids")}
+        rest = {name: value[:, len(self.input_ids) :] for name, value in given.items() if value is not None}
         return {**inputs, **rest, "past_key_values": cache}, hidden_states
 
     @staticmethod
@@ -104,26 +99,20 @@ class PromptPrefix:
         return {"input_ids": self.input_ids, "_computed": {}}
 
 
-def _given(inputs: Mapping[str, Any], name: str) -> bool:
-    return inputs.get(name) is not None
-
-
 def is_prefix(cache: Any) -> bool:
     """Whether `cache` holds a prompt prefix."""
     return isinstance(cache, Cache) and bool(cache.layers) and isinstance(cache.layers[0], PrefixLayer)
 
 
 def common_prefix(rows: Iterable[Mapping[str, Any]]) -> list[int]:
-    """The longest unsupervised prefix that rows have in common.
+    """Token ids of the longest unsupervised prefix that rows have in common; none if they would be few.
+
+    Every row has at least one unsupervised token behind them, so that whatever predicts a supervised one is computed
+    with its row.
 
     Args:
         rows: With `input_ids`, and `labels`, `completion_mask` or `assistant_masks` that say which are supervised, or
             the number of a class.
-
-    Returns:
-        Token ids. Every row has at least one unsupervised token behind them, so that whatever predicts a supervised
-        one is computed with its row. None if they would be few, if all tokens are supervised, or if rows have no
-        tokens yet.
     """
     found: list[int] | None = None
     for row in rows:

@@ -27,13 +27,7 @@ ROW_ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "return_dict"}
 
 
 class Reuse:
-    """Serves the passes of one follower; see `Follower.intercept`.
-
-    Attributes:
-        prefix: The prompt prefix that is left out of rows that begin with it, if any.
-        cache: The hidden-state cache, if any.
-        waiting: States recorded for coming batches.
-    """
+    """Serves the passes of one follower (see `Follower.intercept`); `waiting` are states for coming batches."""
 
     def __init__(self) -> None:
         self.prefix: PromptPrefix | None = None
@@ -91,11 +85,6 @@ def may_serve(follower: Follower, inputs: Mapping[str, Any], by_row: bool) -> bo
     hidden state and nothing more. From other batches, row by row, it may be answered only where a position's states
     depend on nothing but the tokens up to it: rows padded at the right and not packed, positions counted from 0, a
     causal base whose positions do not depend on the length, and side blocks that do not attend.
-
-    Args:
-        follower: The follower of the decoder.
-        inputs: The decoder's arguments.
-        by_row: Whether from other batches than this very one.
     """
     training = follower.host.training and (torch.is_grad_enabled() or not by_row)
     network = follower.host.active_network() if training else None
@@ -103,7 +92,10 @@ def may_serve(follower: Follower, inputs: Mapping[str, Any], by_row: bool) -> bo
         return False
     if not by_row:
         return True
-    given = {name for name, value in inputs.items() if value is not None and value is not False and not _scalar(value)}
+    given = {
+        name for name, value in inputs.items()
+        if value is not None and value is not False and not (isinstance(value, Tensor) and not value.dim())
+    }  # fmt: skip
     input_ids, mask, positions = (inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
     if network.attends or not given <= ROW_ARGUMENTS or not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
         return False
@@ -150,18 +142,11 @@ def cache_states(model: nn.Module, budget: int) -> None:
         reuse.cache = HiddenStateCache(budget, network.layers) if budget and network is not None else None
 
 
-def _scalar(value: Any) -> bool:
-    return isinstance(value, Tensor) and not value.dim()
-
-
 def _same_inputs(states: BaseStates, inputs: Mapping[str, Any]) -> bool:
-    names = ["attention_mask"]
     # Some models count positions themselves before they call their decoder.
-    if states.inputs.get("position_ids") is not None:
-        names.append("position_ids")
-    return _same(states.input_ids, inputs.get("input_ids")) and all(
-        _same(states.inputs.get(name), inputs.get(name)) for name in names
-    )
+    names = ["attention_mask"] + ["position_ids"] * (states.inputs.get("position_ids") is not None)
+    pairs = [(states.input_ids, inputs.get("input_ids")), *((states.inputs.get(n), inputs.get(n)) for n in names)]
+    return all(_same(recorded, given) for recorded, given in pairs)
 
 
 def _same(first: Any, second: Any) -> bool:

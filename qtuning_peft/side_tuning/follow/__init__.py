@@ -7,14 +7,6 @@ from .recorder import BaseStates, record_states
 from .run import SideRun
 
 __all__ = [
-    "BaseStates",
-    "BlockCall",
-    "Decoder",
-    "Follower",
-    "Listener",
-    "SideRun",
-    "find_decoder",
-    "fit_projections",
-    "follower_of",
-    "record_states",
-]
+    "BaseStates", "BlockCall", "Decoder", "Follower", "Listener", "SideRun",
+    "find_decoder", "fit_projections", "follower_of", "record_states",
+]  # fmt: skip

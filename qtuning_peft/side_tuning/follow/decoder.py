@@ -22,14 +22,7 @@ ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 @dataclass(frozen=True)
 class Decoder:
-    """The parts of the base that a side network is attached to.
-
-    Attributes:
-        module: The module that owns the block list.
-        blocks: The transformer blocks.
-        norm_path: Path of the final norm in the whole model.
-        shape: The dimensions that the side network follows.
-    """
+    """The module that owns the block list, its blocks, the path of the final norm in the whole model, and the shape."""
 
     module: nn.Module
     blocks: nn.ModuleList
@@ -38,17 +31,11 @@ class Decoder:
 
 
 def find_decoder(model: nn.Module) -> Decoder:
-    """Find the decoder of a causal language model, or of a model with another head on one.
-
-    Args:
-        model: A transformers model, possibly with a side network already attached.
-
-    Returns:
-        The decoder and the dimensions that its side network follows.
+    """Find the decoder of a transformers model, possibly with a side network already attached.
 
     Raises:
-        ValueError: in one sentence, when the model is an encoder-decoder, has no block list with a final norm, or
-            is not made of causal attention blocks.
+        ValueError: when the model is an encoder-decoder, has no block list with a final norm, or is not made of causal
+            attention blocks.
     """
     name = type(model).__name__
     config = getattr(model, "config", None)
@@ -86,22 +73,18 @@ def find_decoder(model: nn.Module) -> Decoder:
 
     norm = getattr(decoder, norm_name)
     norm = norm.get_base_layer() if isinstance(norm, BaseTunerLayer) else norm
-    return Decoder(
-        module=decoder,
-        blocks=blocks,
-        norm_path=f"{path}.{norm_name}" if path else norm_name,
-        shape=BaseShape(
-            hidden_size=hidden_size,
-            num_layers=len(blocks),
-            intermediate_size=_intermediate_size(text_config) or 4 * hidden_size,
-            activation=_activation(text_config),
-            gated_mlp=any("gate" in path for path, _ in blocks[0].named_parameters()),
-            centered_norm=getattr(norm, "bias", None) is not None,
-            norm_eps=float(_first(norm, "variance_epsilon", "eps") or 1e-6),
-            rotary=any(path.endswith("inv_freq") for path, _ in decoder.named_buffers()),
-            config=text_config,
-        ),
+    shape = BaseShape(
+        hidden_size=hidden_size,
+        num_layers=len(blocks),
+        intermediate_size=_intermediate_size(text_config) or 4 * hidden_size,
+        activation=_activation(text_config),
+        gated_mlp=any("gate" in path for path, _ in blocks[0].named_parameters()),
+        centered_norm=getattr(norm, "bias", None) is not None,
+        norm_eps=float(_first(norm, "variance_epsilon", "eps") or 1e-6),
+        rotary=any(path.endswith("inv_freq") for path, _ in decoder.named_buffers()),
+        config=text_config,
     )
+    return Decoder(decoder, blocks, f"{path}.{norm_name}" if path else norm_name, shape)
 
 
 def _block_lists(module: nn.Module) -> list[nn.ModuleList]:

@@ -65,12 +65,8 @@ class CenterFit:
 def mean_where_read(states: list[Tensor], gradient: Tensor) -> Tensor | None:
     """The mean hidden state of every tap over the positions that a loss reads, in all processes together.
 
-    Args:
-        states: Of every tap, (batch, length, d).
-        gradient: Of the loss by the mixture, (batch, length, d).
-
-    Returns:
-        (taps, d), float32; `None` if no position is read.
+    `states` are those of every tap, `gradient` the loss's by the mixture, each (batch, length, d). The result is
+    (taps, d), float32; `None` if no position is read.
     """
     read = gradient.ne(0).any(-1)  # (batch, length)
     sums = torch.stack([state[read.to(state.device)].float().sum(0).to(read.device) for state in states])  # (taps, d)
@@ -89,11 +85,9 @@ def fit_projections(
     Do it before training: what follows a projection learns its channels.
 
     Args:
-        model: A model with an active side network whose `downsample` is `"projection"`.
         batches: Each with `input_ids` (batch, length), int64, and, where there is padding, `attention_mask` of that
             shape; other entries are not read. A few hundred samples are enough.
         max_tokens: Tokens to use; reading stops there. They take d numbers each for every tap, in the base's dtype.
-        progress: Whether to show a progress bar.
 
     Returns:
         For every tap, the embeddings first, the share of the states' variance that its projection keeps.
@@ -108,14 +102,11 @@ def fit_projections(
     if not projections:
         raise ValueError("downsample of the active side network is not projection, so there is nothing to fit.")
     states = _collect(model, batches, max_tokens, progress)  # for every tap (tokens, d)
-    rank, tokens = projections[0].weight.shape[0], len(states[0])
+    rank, tokens = len(projections[0].weight), len(states[0])
     if tokens <= rank:
         raise ValueError(f"downsample_rank is {rank}, but there are {tokens} tokens to fit it to; give more batches.")
-    taps_and_states = zip(projections, states, strict=True)
-    return [
-        _fit(projection, tap)
-        for projection, tap in tqdm(taps_and_states, "Fitting", len(projections), disable=not progress)
-    ]
+    pairs = tqdm(zip(projections, states, strict=True), "Fitting", len(projections), disable=not progress)
+    return [_fit(projection, tap) for projection, tap in pairs]
 
 
 def _collect(

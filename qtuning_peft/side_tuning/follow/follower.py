@@ -81,11 +81,6 @@ class Current(threading.local):
 class Follower:
     """Stands in for a decoder's `forward`; an object, so that the model can be copied and pickled.
 
-    Args:
-        host: The layer that holds the side networks.
-        decoder: The module whose `forward` is followed.
-        blocks: Its transformer blocks.
-
     Attributes:
         intercept: Called instead of a plain pass, as `intercept(follower, *args, **kwargs)`, if it is set.
     """

@@ -107,18 +107,9 @@ class BaseStates:
 
 @torch.no_grad()
 def record_states(model: nn.Module, input_ids: Tensor, **inputs: Any) -> BaseStates:
-    """Run the base of a side-tuned model, without its side network, and record its states.
+    """Run the base of a side-tuned model on `input_ids` (batch, length), and record its states.
 
-    Args:
-        model: A model with an active side network, PEFT's wrapper around it or not.
-        input_ids: (batch, length), int64.
-        **inputs: Further arguments of the decoder, such as `attention_mask` (batch, length).
-
-    Returns:
-        The states. `output.last_hidden_state` is the base's own.
-
-    Raises:
-        ValueError: when `model` has no active side network.
+    `inputs` are further arguments of the decoder, such as `attention_mask`; the side network does not run.
     """
     follower = follower_of(model)
     network = None if follower is None else follower.host.active_network()

@@ -7,12 +7,5 @@ from .settings import NetworkSettings
 from .shape import BaseShape
 
 __all__ = [
-    "DOWNSAMPLERS",
-    "MIXINGS",
-    "BaseShape",
-    "DownSampler",
-    "Mixing",
-    "NetworkSettings",
-    "SideNetwork",
-    "down_sampler",
-]
+    "DOWNSAMPLERS", "MIXINGS", "BaseShape", "DownSampler", "Mixing", "NetworkSettings", "SideNetwork", "down_sampler",
+]  # fmt: skip

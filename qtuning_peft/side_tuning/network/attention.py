@@ -2,13 +2,11 @@
 
     attention(x) = W_o softmax(q k^T / sqrt(n)) v,      q, k, v = W x, H heads of size n = d / r / H
 
-(QST, ACL 2024, section 3.1.) Masks, positions and packing are those that the base gave its own block. Attention runs
-through the base's attention implementation, never the eager one: with narrow heads, attention maps would be most of the
-memory of training.
+(QST, ACL 2024, section 3.1.) Masks, positions and packing are the base's own, and so is the attention implementation,
+except for the eager one: with narrow heads, attention maps would be most of the memory of training.
 
-`transformers.Cache` is a list of layers, and every operation on it (beam reordering, cropping, repeating, resetting)
-loops over that list. So the side blocks' layers are appended behind the base's, of the same kind as the layer of the
-base block that each one follows, and generation needs no code of ours.
+`transformers.Cache` is a list of layers, and every operation on it loops over that list. So the side blocks' layers are
+appended behind the base's, of the kind of the base block that each one follows: generation needs no code of ours.
 """
 
 from __future__ import annotations
@@ -54,11 +52,9 @@ class AttentionInputs:
     masks: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def additive(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        """`mask` in `dtype`, minus infinity where it is boolean and false.
-
-        One for all blocks: SDPA makes its own of another kind, as large as an attention map, and each block would save
-        one for backward.
-        """
+        """`mask` in `dtype`, minus infinity where it is boolean and false."""
+        # One for all blocks: SDPA makes its own of another kind, as large as an attention map, and each block would
+        # save one for backward.
         key = (id(mask), dtype)
         if key not in self.masks:
             added = mask.to(dtype)
@@ -130,17 +126,13 @@ def _shared_mask(mask: Any, implementation: str) -> Any:
 
 
 def narrow_rotary(cos: Tensor, sin: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """The base's rotary positions for narrower heads.
+    """The base's rotary positions, (1 or batch, length, rotary size), for heads of size n, as `rotate` takes them.
 
-    A head of size n takes n/2 evenly spaced ones of the base's frequencies: the very frequencies theta^(-2k/n) that a
-    model with such heads would have, with whatever scaling the base applies.
-
-    Args:
-        cos, sin: (1 or batch, length, rotary size), the frequencies twice.
-        head_dim: Head size n.
+    A head takes n/2 evenly spaced ones of the base's frequencies: the very frequencies theta^(-2k/n) that a model with
+    such heads would have, with whatever scaling the base applies.
 
     Returns:
-        Cosine and sine as `rotate` takes them, each (1 or batch, 1, length, n or, if that is less, the rotary size).
+        Cosine and sine, each (1 or batch, 1, length, n or, if that is less, the rotary size).
     """
     frequencies = cos.shape[-1] // 2
     half = min(head_dim // 2, frequencies)
@@ -165,14 +157,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class AttentionPass:
-    """Makes the inputs of side blocks' attention from what the base gives its own blocks, in one pass.
-
-    Args:
-        layers: Indices of the tapped blocks.
-        num_base_layers: Number of blocks of the base.
-        head_dim: Size of the side network's heads.
-        adapter: Name of the side network, which the key-value cache belongs to.
-    """
+    """Makes the inputs of side blocks' attention from what the base gives its own blocks, in one pass."""
 
     def __init__(self, layers: Sequence[int], num_base_layers: int, head_dim: int, adapter: str) -> None:
         self.layers, self.num_base_layers, self.head_dim, self.adapter = layers, num_base_layers, head_dim, adapter
@@ -198,9 +183,8 @@ class AttentionPass:
             masks=self._masks,
             extra={name: arguments[name] for name in ATTENTION_ARGUMENTS if arguments.get(name) is not None},
         )
-        window = None if block is None else _sliding_window(block)
-        if window is not None:
-            inputs.extra["sliding_window"] = window
+        if block is not None and _sliding_window(block) is not None:
+            inputs.extra["sliding_window"] = _sliding_window(block)
         return inputs
 
     def _narrow_rotary(self, source: Any, device: Any) -> tuple[Tensor, Tensor] | None:
@@ -233,10 +217,7 @@ def _sliding_window(block: nn.Module) -> int | None:
 
 
 def attach_side_layers(cache: Cache, num_base_layers: int, layers: Sequence[int], adapter: str) -> int:
-    """Make sure that `cache`, which the base is about to fill, has a layer for every side block.
-
-    Returns:
-        Index of the first side layer in `cache.layers`.
+    """Give `cache`, which the base is about to fill, a layer for every side block; returns the first one's index.
 
     Raises:
         ValueError: when the cache holds tokens that this adapter's side network has not seen.
@@ -282,9 +263,7 @@ def _length(layer: Any) -> int:
 
 def _empty_like(layer: Any) -> Any:
     twin = copy.copy(layer)
-    for name in ("keys", "values"):
-        setattr(twin, name, None)
-    twin.is_initialized = False
+    twin.keys, twin.values, twin.is_initialized = None, None, False
     if isinstance(getattr(twin, "cumulative_length", None), torch.Tensor):
         twin.cumulative_length = torch.zeros_like(twin.cumulative_length)
     return twin

@@ -25,13 +25,7 @@ M = TypeVar("M", bound=Make)
 
 
 class DownSampler(NamedTuple):
-    """How to make a down-sampler.
-
-    Attributes:
-        make: From hidden size d, width d/r and rank k to a module from (..., d) to (..., d/r). Its parameters are
-            float32.
-        learned: Whether its backward pass needs the hidden state.
-    """
+    """`make`: from sizes d, d/r and rank k to a float32 module from (..., d) to (..., d/r); see `down_sampler`."""
 
     make: Make
     learned: bool
@@ -41,7 +35,7 @@ DOWNSAMPLERS: Registry[DownSampler] = Registry("downsample")
 
 
 def down_sampler(name: str, learned: bool = True) -> Callable[[M], M]:
-    """Decorator: register a function or class as the down-sampler `name`; see [`DownSampler`]."""
+    """Decorator: register a down-sampler `name`, a `make`; `learned` says whether backward needs the hidden state."""
 
     def register(make: M) -> M:
         DOWNSAMPLERS.add(name, DownSampler(make, learned), make.__doc__)

@@ -50,12 +50,7 @@ class SigmoidGate(nn.Module):
 
 
 class Mixing(nn.Module):
-    """Base class of the mixings: `input_gate` makes the gate of one side block, `forward` is the output mixture.
-
-    Args:
-        width: Width d/r of the side network.
-        shape: The base.
-    """
+    """Base class of the mixings: `input_gate` makes the gate of one side block, `forward` is the output mixture."""
 
     # The authors' code has a LayerNorm behind its down-samplers, whatever norm the base has.
     layer_norm_taps = False
@@ -104,8 +99,7 @@ class Additive(Mixing):
                 normed = F.rms_norm(base, width, eps=EPS)  # (batch, length, d), in 16 bits: it is saved for backward
         else:
             normed = F.rms_norm(base.to(self.correction.weight.dtype), width, eps=EPS)
-        corrected: Tensor = self.correction(normed)
-        return corrected
+        return self.correction(normed)
 
 
 @MIXINGS.register("paper")

@@ -10,7 +10,6 @@ only stays alive if a learned down-sampler needs it for backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -51,16 +50,11 @@ class Tap(nn.Module):
             hidden_states = (hidden_states - self.center).to(hidden_states.dtype)
         if self.bits is not None and self.training and torch.is_grad_enabled():
             return with_quantized_input(self.down, hidden_states, self.bits)
-        narrow: Tensor = self.down(hidden_states)
-        return narrow
+        return self.down(hidden_states)
 
 
 class SideNetwork(nn.Module):
     """The trained part of a side-tuned model. Call `begin`, then `step` for every tapped block, then `finish`.
-
-    Args:
-        settings: What to build.
-        shape: The base.
 
     Attributes:
         layers: Indices of the tapped blocks, ascending.
@@ -107,22 +101,12 @@ class SideNetwork(nn.Module):
         narrow, device_type = self.embedding_tap.narrow(embeddings), embeddings.device.type
         # The residual stream has the dtype that is computed in, as in a base of that dtype.
         autocast = torch.is_autocast_enabled(device_type)
-        side: Tensor = self.embedding_tap.norm(
-            narrow.to(torch.get_autocast_dtype(device_type) if autocast else self.dtype)
-        )
-        return side
+        return self.embedding_tap.norm(narrow.to(torch.get_autocast_dtype(device_type) if autocast else self.dtype))
 
     def step(self, index: int, hidden_states: Tensor, side: Tensor, inputs: AttentionInputs | None = None) -> Tensor:
-        """Run side block `index`.
+        """Run side block `index` (among the tapped ones) on the base block's output, (batch, length, d).
 
-        Args:
-            index: Position among the tapped blocks.
-            hidden_states: The base block's output, (batch, length, d).
-            side: State of the side network, (batch, length, d/r).
-            inputs: Mask, positions and cache, where side blocks attend.
-
-        Returns:
-            The next state of the side network, (batch, length, d/r).
+        The side state goes from (batch, length, d/r) to the same; `inputs` are needed where side blocks attend.
         """
         # All that checkpointing has to save, beside the side state.
         narrow = self._tap(index).narrow(hidden_states)
@@ -135,13 +119,11 @@ class SideNetwork(nn.Module):
 
     def _advance(self, index: int, narrow: Tensor, side: Tensor, inputs: AttentionInputs | None) -> Tensor:
         tap = self._tap(index).norm(narrow.to(side.dtype))  # (batch, length, d/r)
-        advanced: Tensor = self.blocks[index](self.gates[index](tap, side), inputs)
-        return advanced
+        return self.blocks[index](self.gates[index](tap, side), inputs)
 
     def finish(self, base: Tensor, side: Tensor) -> Tensor:
         """Mix the side state (batch, length, d/r) into the base's normed final state (batch, length, d)."""
-        mixed: Tensor = self.mix(base, self.norm(side).to(base.device))
-        return mixed
+        return self.mix(base, self.norm(side).to(base.device))
 
     def _tap(self, index: int) -> Tap:
         tap = self.taps[index]
@@ -167,10 +149,8 @@ class SideNetwork(nn.Module):
         0.002 to its neighbours, so that updates at usual learning rates round to nothing.
         """
         if mode:
-            for parameter in self._rounded_parameters():
-                parameter.data = parameter.data.float()
+            for parameter in self.parameters():
+                if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+                    parameter.data = parameter.data.float()
         super().train(mode)
         return self
-
-    def _rounded_parameters(self) -> Iterator[nn.Parameter]:
-        return (p for p in self.parameters() if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16))

@@ -64,5 +64,4 @@ def with_quantized_input(module: nn.Module, hidden_states: Tensor, bits: int) ->
         return saved.restore() if isinstance(saved, Quantized) else saved
 
     with saved_tensors_hooks(pack, unpack):
-        result: Tensor = module(hidden_states)
-    return result
+        return module(hidden_states)

@@ -108,11 +108,7 @@ class NetworkSettings:
             _check_layers(self.layers_to_transform)
 
     def layers(self, shape: BaseShape) -> list[int]:
-        """Indices of the tapped blocks, ascending.
-
-        Raises:
-            ValueError: when `layers_to_transform` names a block that the base does not have.
-        """
+        """Indices of the tapped blocks, ascending."""
         depth = shape.num_layers
         if self.layers_to_transform is None:
             return sorted(range(depth - 1, -1, -self.tap_every))
@@ -123,12 +119,8 @@ class NetworkSettings:
         return layers
 
     def width(self, shape: BaseShape) -> int:
-        """Width d/r of the side network.
-
-        Raises:
-            ValueError: when `reduction_factor` does not divide the hidden size, or leaves an odd width to attention
-                with rotary positions, which turn pairs of channels.
-        """
+        """Width d/r of the side network."""
+        # Rotary positions turn pairs of channels.
         size, paired = shape.hidden_size, shape.rotary and self.side_attention
         usable = [r for r in range(2, size // 8 + 1) if size % r == 0 and not (paired and (size // r) % 2)]
         if self.reduction_factor not in usable:
@@ -139,11 +131,7 @@ class NetworkSettings:
         return size // self.reduction_factor
 
     def heads(self, shape: BaseShape) -> int | None:
-        """Number of attention heads of a side block, if it attends.
-
-        Raises:
-            ValueError: when `num_side_heads` does not divide the side width, or leaves odd heads with rotary positions.
-        """
+        """Number of attention heads of a side block, if it attends."""
         if not self.side_attention:
             return None
         width = self.width(shape)

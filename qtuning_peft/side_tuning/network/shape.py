@@ -16,13 +16,9 @@ class BaseShape:
 
     Attributes:
         hidden_size: Width d of the hidden states.
-        num_layers: Number of blocks.
-        intermediate_size: Width of the base's MLP.
         activation: Name of the MLP's activation, a key of `transformers.activations.ACT2FN`.
         gated_mlp: Whether the MLP multiplies by a gate.
         centered_norm: Whether the norm subtracts the mean and has a bias (LayerNorm), or not (RMSNorm).
-        norm_eps: The norm's epsilon.
-        rotary: Whether the base has rotary positions.
         config: The base's (text) configuration, which says how it attends.
     """
 

@@ -90,23 +90,16 @@ class SideTuningConfig(NetworkSettings, PeftConfig):
 
     @classmethod
     def paper(cls, **options: Any) -> SideTuningConfig:
-        """The side network as published (ACL 2024, section 3).
+        """The side network as published (ACL 2024, section 3); `options` are fields that differ.
 
         Its output gate starts at one, so that nothing but that gate has a gradient in the first step.
-
-        Args:
-            **options: Fields that differ.
         """
         published = {"reduction_factor": 16, "downsample": "adapter", "downsample_norm": False, "mixing": "paper"}
         return cls(**{**published, "center_taps": False, "side_attention": True, "tap_every": 1, **options})
 
     @classmethod
     def reference(cls, **options: Any) -> SideTuningConfig:
-        """The side network as the authors' code computes it; there, it has as many heads as the base.
-
-        Args:
-            **options: Fields that differ.
-        """
+        """The side network as the authors' code computes it (there, with the base's number of heads); see `paper`."""
         return cls.paper(**{"downsample_norm": True, "mixing": "reference", **options})
 
     @classmethod

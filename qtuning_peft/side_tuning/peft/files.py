@@ -28,20 +28,15 @@ def without_adapter_name(key: str, adapter_name: str) -> str:
 
 
 def check_tensors(networks: nn.ModuleDict, state_dict: dict[str, Any], prefix: str) -> None:
-    """Check everything that `state_dict` holds for side networks under `prefix`, before anything is copied.
-
-    Raises:
-        ValueError: when an adapter is incomplete, has a tensor too many, or one of another shape or not finite.
-    """
+    """Check everything that `state_dict` holds for side networks under `prefix`, before anything is copied."""
     found = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
     for name in dict.fromkeys(key.split(".")[0] for key in found):
         if name not in networks:
             raise ValueError(
                 f"The file holds {prefix}{name}, which is no adapter of this model; load it under its name."
             )
-        expected = networks[name].state_dict()
         given = {key[len(name) + 1 :]: value for key, value in found.items() if key.startswith(f"{name}.")}
-        check_adapter(expected, given)
+        check_adapter(networks[name].state_dict(), given)
 
 
 def check_adapter(expected: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> None:

@@ -25,15 +25,7 @@ MERGE_REFUSAL = (
 
 
 class SideTuningLayer(nn.Module, BaseTunerLayer):
-    """The decoder's final norm, and one side network per adapter.
-
-    Args:
-        base_layer: The final norm.
-        decoder: The decoder it belongs to.
-
-    Attributes:
-        follower: What follows the decoder, once `attach_to_base` was called.
-    """
+    """The decoder's final norm, and one side network per adapter."""
 
     adapter_layer_names = ("qst_side_network",)
     other_param_names = ()
@@ -77,8 +69,6 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         """No: the side network is not a weight delta."""
         return False
 
-    # -- following the base ------------------------------------------------------------------------------------------
-
     def attach_to_base(self, decoder: Decoder) -> None:
         """Follow every pass of the decoder from now on."""
         self.follower = Follower(self, decoder.module, decoder.blocks)
@@ -121,8 +111,6 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         decoder.eval()
         self.train(side_networks_train)
         self.base_layer.eval()
-
-    # -- loading and moving ------------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Here, before any tensor of this layer is copied, on every way of loading.

@@ -42,12 +42,6 @@ class SideTuningModel(BaseTuner):
     Made by `peft.get_peft_model(base, SideTuningConfig(...))` and by every loader of PEFT and transformers. The base
     may be of any precision or quantization that runs forward: nothing is ever back-propagated through it.
 
-    Args:
-        model (`torch.nn.Module`): The base, a transformers model around a causal decoder.
-        config ([`SideTuningConfig`]): The configuration.
-        adapter_name (`str`): Name of the adapter.
-        low_cpu_mem_usage (`bool`): Create the weights on the meta device, to be loaded afterwards.
-
     Raises:
         ValueError: in one sentence, when the base or the configuration cannot work.
     """
@@ -66,22 +60,14 @@ class SideTuningModel(BaseTuner):
             raise
 
     def forward(self, *args: Any, chunked_loss: bool = False, **kwargs: Any) -> Any:
-        """The model's own forward.
-
-        Args:
-            *args, **kwargs: Of the model's forward.
-            chunked_loss: Where there are `labels`, return their loss (see `loss`) without logits.
-        """
+        """The model's own forward; with `chunked_loss` and `labels` their loss (see `loss`), without logits."""
         given = {name: value for name, value in kwargs.items() if value is not None}
         if not chunked_loss or not {"input_ids", "labels"} <= given.keys() or not is_causal(self.model):
             with self._reading(given):
                 return super().forward(*args, **kwargs)
-        loss = chunked_cross_entropy(
-            self.model,
-            num_items=given.pop("num_items_in_batch", None),
-            **{name: value for name, value in given.items() if name not in NOT_THE_DECODERS},
-        )
-        return CausalLMOutputWithPast(loss=loss)
+        num_items = given.pop("num_items_in_batch", None)
+        inputs = {name: value for name, value in given.items() if name not in NOT_THE_DECODERS}
+        return CausalLMOutputWithPast(loss=chunked_cross_entropy(self.model, num_items=num_items, **inputs))
 
     def _reading(self, given: dict[str, Any]) -> AbstractContextManager[None]:
         if not self.training:
@@ -202,14 +188,12 @@ class SideTuningModel(BaseTuner):
     ) -> None:  # fmt: skip
         assert isinstance(peft_config, SideTuningConfig)
         decoder = find_decoder(self.model)
-        if isinstance(target, SideTuningLayer):
-            target.update_layer(adapter_name, peft_config, decoder.shape)
-            return
-        layer = SideTuningLayer(target, decoder)
+        layer = target if isinstance(target, SideTuningLayer) else SideTuningLayer(target, decoder)
         layer.update_layer(adapter_name, peft_config, decoder.shape)
-        layer.set_adapter(self.active_adapters)
-        layer.attach_to_base(decoder)
-        self._replace_module(parent, target_name, layer, target)
+        if layer is not target:
+            layer.set_adapter(self.active_adapters)
+            layer.attach_to_base(decoder)
+            self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own also moves weights, which a norm need not have.
@@ -226,8 +210,7 @@ class SideTuningModel(BaseTuner):
             layer.detach_from_base()
         return base
 
-    # -- adapter files, PEFT from 0.21 ---------------------------------------------------------------------------------
-
+    # The rest is for adapter files from PEFT 0.21 on.
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         if f".{CONTAINER}." in f".{key}":
@@ -239,7 +222,6 @@ class SideTuningModel(BaseTuner):
         cls, model: Any, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         assert isinstance(config, SideTuningConfig)
-        remapped: dict[str, torch.Tensor]
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         layer_path, layer = next((path, m) for path, m in model.named_modules() if isinstance(m, SideTuningLayer))
         prefix = f"{layer_path}.{CONTAINER}.{adapter_name}."
@@ -260,6 +242,4 @@ class SideTuningModel(BaseTuner):
 
 
 def _is_in_or_around(path: str, decoder: str) -> bool:
-    return (
-        path == decoder or not path or not decoder or path.startswith(f"{decoder}.") or decoder.startswith(f"{path}.")
-    )
+    return not path or not decoder or f"{path}.".startswith(f"{decoder}.") or decoder.startswith(f"{path}.")

@@ -55,13 +55,7 @@ def check_names(name: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a config was read, and so where PEFT will look for its weights.
-
-    Attributes:
-        folder: A folder, or the id of a repository on the Hub.
-        subfolder: A folder in that.
-        download: Further arguments for `hf_hub_download`.
-    """
+    """Where a config was read, and so where PEFT will look for its weights: a folder, or a repository on the Hub."""
 
     folder: str
     subfolder: str | None = None
@@ -90,15 +84,7 @@ class Origin:
 
 
 def check_file(file: Path, expected: Mapping[str, torch.Tensor]) -> None:
-    """Check a file of weights as a whole: its size, names, shapes, dtypes, then every value.
-
-    Args:
-        file: An ``adapter_model.safetensors``.
-        expected: The tensors it has to hold; only their shapes and dtypes are looked at.
-
-    Raises:
-        ValueError: when anything differs, in one sentence.
-    """
+    """Check a file of weights against the shapes and dtypes of `expected`: size, names, shapes, dtypes, then values."""
     limit = 4 * sum(tensor.numel() for tensor in expected.values()) + LARGEST_HEADER
     if file.stat().st_size > limit:
         raise ValueError(
@@ -177,15 +163,12 @@ def tokenizer_fingerprint(
     """What tells two vocabularies apart: 16 hex digits of SHA-256 over every token and its id.
 
     Only what is on this machine is looked at. The whole file would not do: libraries write the same tokenizer
-    differently, and padding and truncation are saved in it.
+    differently, and padding and truncation are saved in it. `None` where no such file can be read.
 
     Args:
         folder: A folder with a ``tokenizer.json``, or the id of a repository in the Hub's cache.
         revision: The repository's revision.
         download: May hold the `cache_dir`.
-
-    Returns:
-        The fingerprint, or `None` where no such file can be read.
     """
     try:
         file = Path(folder or "", "tokenizer.json")
