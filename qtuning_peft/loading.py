@@ -22,9 +22,6 @@ def load_model(
         load_in_4bit: Quantize to NF4 with bitsandbytes.
         gguf_file: GGUF file in the model's folder.
         dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"` for the checkpoint's.
-
-    Raises:
-        ValueError: when there is no such dtype.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")

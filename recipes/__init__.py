@@ -25,11 +25,7 @@ def names() -> list[str]:
 
 
 def path(name: str) -> Path:
-    """The file of the recipe `name`.
-
-    Raises:
-        ValueError: when there is no such recipe, naming those that exist.
-    """
+    """The file of the recipe `name`; a ValueError that names the others if there is none."""
     if name not in names():
         raise ValueError(f"There is no recipe {name!r}; choose one of {', '.join(names())}.")
     return folder() / f"{name}.yaml"

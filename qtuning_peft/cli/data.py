@@ -65,12 +65,7 @@ Options = dict[str, tuple[Any, Any, str]]
 
 
 class Command:
-    """A function as a command whose `**options` are made whenever the command is: they list what is registered by then.
-
-    Args:
-        function: The function; its docstring is the command's help.
-        options: Makes what stands for `**options`.
-    """
+    """A function as a command, its docstring the help; `options` makes what stands for `**options` when it is asked."""
 
     def __init__(self, function: Callable[..., None], options: Callable[[], Options]) -> None:
         update_wrapper(self, function)

@@ -1,7 +1,6 @@
 """Samples of all lengths through the model: sorted by length, in batches of a fixed number of tokens, back in order.
 
-Sorting leaves little padding; a budget in tokens keeps memory the same for short and long samples. Results depend on
-neither beyond rounding. The head runs on chunks of supervised positions, so the logits of a batch never exist at once.
+The head runs on chunks of supervised positions, so the logits of a batch never exist at once.
 """
 
 from __future__ import annotations
@@ -29,25 +28,12 @@ PLANE = ("error", "uncertainty")
 
 
 def run(
-    model: nn.Module,
-    samples: Sequence[Sample],
-    num_rows: int,
-    tokens_per_batch: int,
-    names: Sequence[str] = PLANE,
+    model: nn.Module, samples: Sequence[Sample], num_rows: int, tokens_per_batch: int, names: Sequence[str] = PLANE,
     on_progress: Callable[[int], None] | None = None,
-) -> dict[str, list[np.ndarray]]:
-    """Scores of the supervised tokens of `samples`, joined by row, in their order.
+) -> dict[str, list[np.ndarray]]:  # fmt: skip
+    """Scores `names` of the supervised tokens of `samples`, joined by row: for each row (supervised tokens,), float64.
 
-    Args:
-        model: The model.
-        samples: Samples.
-        num_rows: Number of rows.
-        tokens_per_batch: Tokens in a forward pass, padding included.
-        names: Scores of tokens to compute.
-        on_progress: Called with the number of samples of each batch.
-
-    Returns:
-        For each of `names` and each row an array (supervised tokens,) of float64.
+    `tokens_per_batch` counts padding; `on_progress` is called with the number of samples of each batch.
     """
     # Longest first, so that a batch that does not fit in memory is the first one.
     order = sorted(range(len(samples)), key=lambda index: -len(samples[index].input_ids))
@@ -57,8 +43,9 @@ def run(
         for batch in batches([len(samples[index].input_ids) for index in order], tokens_per_batch):
             chosen = [order[index] for index in batch]
             members = [samples[index] for index in chosen]
-            scores = token_scores(model, *right_padded(members, device), names)
-            found |= zip(chosen, by_sample(scores, members), strict=True)
+            found |= zip(
+                chosen, by_sample(token_scores(model, *right_padded(members, device), names), members), strict=True
+            )
             if on_progress is not None:
                 on_progress(len(chosen))
     rows = [[np.zeros((len(names), 0))] for _ in range(num_rows)]
@@ -71,21 +58,13 @@ def run(
 def token_scores(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, names: Sequence[str] = PLANE
 ) -> dict[str, Tensor]:
-    """Scores of every supervised token of a right-padded batch.
+    """Scores of every supervised token of a right-padded batch, by name (tokens,), row after row.
 
     Args:
         model: A causal language model of transformers, or a PEFT model around one.
-        input_ids: (batch, length), int64.
-        attention_mask: (batch, length), or `None` without padding.
-        labels: (batch, length), int64, -100 where a token is not supervised; the first of a row never is, as nothing
-            predicts it.
+        input_ids, attention_mask: (batch, length), int64; no mask without padding.
+        labels: (batch, length), int64, -100 where a token is not supervised; the first of a row never is.
         names: Scores of tokens to compute.
-
-    Returns:
-        By name (tokens,), row after row.
-
-    Raises:
-        ValueError: when `model` is not a causal language model.
     """
     base = causal_model(model)
     output = base.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
@@ -95,8 +74,7 @@ def token_scores(
 def scores_of_hidden_states(base: Any, output: Any, labels: Tensor, names: Sequence[str] = PLANE) -> dict[str, Tensor]:
     """Scores from what the decoder of `base` returned; `labels` and `names` as in `token_scores`."""
     hidden_states, targets = supervised_positions(output.last_hidden_state, labels)  # (tokens, d), (tokens,)
-    elements = CHUNK_ELEMENTS.get(hidden_states.device.type, CHUNK_ELEMENTS_ELSEWHERE)
-    chunk = positions_at_once(base, elements)
+    chunk = positions_at_once(base, CHUNK_ELEMENTS.get(hidden_states.device.type, CHUNK_ELEMENTS_ELSEWHERE))
     head = head_of(base, output)
     chunks = [
         scores_of_logits(head(states), wanted, names)

@@ -1,8 +1,7 @@
 """Scoring and pruning a whole data set: with a progress bar, resumable, and in one line.
 
-Data is scored in parts of a fixed number of rows. A part's file is named by a hash of its rows, the model and the
-settings, and appears when it is complete: started again, scoring reads what is there and computes what is not, and the
-result is the same to the bit, whatever was interrupted.
+Data is scored in parts. A part's file is named by a hash of its rows, the model and the settings, and appears when it
+is complete: started again, scoring computes only what is not there, and the result is the same to the bit.
 """
 
 from __future__ import annotations
@@ -27,15 +26,9 @@ Data = TypeVar("Data", Dataset, DatasetDict, IterableDataset, IterableDatasetDic
 
 
 def score(
-    dataset: Data,
-    model: nn.Module,
-    tokenizer: Any = None,
-    *,
-    resume_dir: str | os.PathLike[str] | None = None,
-    rows_per_part: int = 256,
-    progress: bool = True,
-    **settings: Any,
-) -> Data:
+    dataset: Data, model: nn.Module, tokenizer: Any = None, *, resume_dir: str | os.PathLike[str] | None = None,
+    rows_per_part: int = 256, progress: bool = True, **settings: Any,
+) -> Data:  # fmt: skip
     """Score a data set; add the columns of [`EUScorer`].
 
     Args:
@@ -46,12 +39,6 @@ def score(
         rows_per_part: Rows scored together, sorted by length among themselves.
         progress: Show a progress bar.
         **settings: Of [`EUScorer`].
-
-    Returns:
-        The data with its old columns and the new ones.
-
-    Raises:
-        ValueError: when an argument or the data cannot be used.
     """
     if rows_per_part < 1:
         raise ValueError(f"rows_per_part is {rows_per_part}; choose at least 1.")
@@ -65,12 +52,7 @@ def score(
 
 
 def prune(
-    dataset: Dataset,
-    model: nn.Module,
-    tokenizer: Any = None,
-    *,
-    scoring: dict[str, Any] | None = None,
-    **pruning: Any,
+    dataset: Dataset, model: nn.Module, tokenizer: Any = None, *, scoring: dict[str, Any] | None = None, **pruning: Any
 ) -> Dataset:
     """Score and prune in one line: `prune(dataset, model, tokenizer, sample_ratio=0.25, token_ratio=0.5)`.
 
@@ -82,9 +64,6 @@ def prune(
 
     Returns:
         The kept rows, with `input_ids` and `labels` that any trainer takes.
-
-    Raises:
-        ValueError: when an argument or the data cannot be used.
     """
     if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
         raise ValueError("prune takes one split, as only training data is pruned; pass dataset['train'].")
@@ -106,8 +85,7 @@ def _score(
         raise ValueError("The data is empty; there is nothing to score.")
     scorer.encoder.format_of(dataset.column_names)
     dataset = dataset.with_format(None)
-    fingerprint = scorer.fingerprint()
-    parts = []
+    fingerprint, parts = scorer.fingerprint(), []
     bar = tqdm(total=len(dataset), desc="Scoring", unit=" rows", disable=not progress)
     with bar, tempfile.TemporaryDirectory() as temporary:
         folder = Path(resume_dir or temporary)

@@ -19,22 +19,13 @@ JSON_LINES = (".jsonl", ".json", ".ndjson")
 
 
 def read_data(path: Path, split: str | None = None) -> Dataset:
-    """Read a data set.
-
-    Args:
-        path: A file of JSON lines or Parquet, or a folder.
-        split: Which split, if the folder holds several.
-
-    Raises:
-        ValueError: in one sentence, when there is nothing to read.
-    """
+    """The data set in a file of JSON lines or Parquet or in a folder, of which `split` names one split of several."""
     if path.is_dir():
         try:
             data = load_from_disk(str(path))
         except FileNotFoundError as error:
-            raise ValueError(
-                f"{path} is a folder that datasets did not write; name a file or one made by save_to_disk."
-            ) from error
+            advice = "name a file or one made by save_to_disk"
+            raise ValueError(f"{path} is a folder that datasets did not write; {advice}.") from error
         if isinstance(data, DatasetDict):
             if split not in data:
                 raise ValueError(f"{path} holds the splits {', '.join(data)}; choose one with --split.")
@@ -93,11 +84,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def check_output(path: Path) -> None:
-    """Refuse a place that `write_data` could not write to, before any work is done.
-
-    Raises:
-        ValueError: when it cannot.
-    """
+    """Refuse, with a ValueError, a place that `write_data` could not write to, before any work is done."""
     suffix = path.suffix.lower()
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise ValueError(f"{path} is neither a file nor a folder; choose another output.")
@@ -117,12 +104,7 @@ def check_output(path: Path) -> None:
 
 
 def write_data(data: Dataset, path: Path) -> None:
-    """Write a data set; `path` appears, or is replaced, when all of it is written.
-
-    Args:
-        data: The data.
-        path: What it ends in says how: `.jsonl` or `.parquet`, or nothing for a folder.
-    """
+    """Write `data` as the ending of `path` says: `.jsonl`, `.parquet`, or none for a folder; replaced when complete."""
     check_output(path)
     with replacing(path) as unfinished:
         if path.suffix.lower() in JSON_LINES:

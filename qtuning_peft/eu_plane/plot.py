@@ -16,9 +16,9 @@ import numpy as np
 from ..atomic import replacing
 from .pruner import EUPruner
 from .quadrants import CALIBRATION, MISCONCEPTION, NOISE, REDUNDANT, Thresholds
-from .selection import DEGENERATE, DROPPED, KEPT, SAMPLE_STRATEGIES, UNSCORED, rank_correlation
+from .selection import DEGENERATE, DROPPED, KEPT, SAMPLE_STRATEGIES, UNSCORED
 from .strategies import EUPlane
-from .table import Data, names_of, require
+from .table import Data, names_of, rank_correlation, require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,15 +26,9 @@ if TYPE_CHECKING:
 
 # Of Okabe and Ito's palette, which colour-blind readers tell apart; what is dropped as known is grey.
 COLOURS = {
-    NOISE: "#d55e00",
-    MISCONCEPTION: "#0072b2",
-    REDUNDANT: "#8c8c8c",
-    CALIBRATION: "#009e73",
-    KEPT: "#0072b2",
-    DROPPED: "#8c8c8c",
-    DEGENERATE: "#cc79a7",
-    UNSCORED: "#bdbdbd",
-}
+    NOISE: "#d55e00", MISCONCEPTION: "#0072b2", REDUNDANT: "#8c8c8c", CALIBRATION: "#009e73",
+    KEPT: "#0072b2", DROPPED: "#8c8c8c", DEGENERATE: "#cc79a7", UNSCORED: "#bdbdbd",
+}  # fmt: skip
 INK = "#24292f"
 STYLE: dict[Any, Any] = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK) | {
     "axes.spines.top": False, "axes.spines.right": False
@@ -56,14 +50,7 @@ def plot_plane(
         scored: Data with the columns that `EUScorer` adds. Rows without a score are left out.
         pruner: Colours the samples by quadrant and gives the thresholds.
         path: Also save the picture here, as `.png`, `.svg` or `.pdf`; a file of that name is replaced once it is whole.
-        title: Stands above the picture.
-
-    Returns:
-        The figure of matplotlib.
-
-    Raises:
-        ImportError: without matplotlib.
-        ValueError: when the data or the path cannot be used.
+        title: Title of the picture.
     """
     file = None if path is None else Path(path)
     if file is not None and file.suffix.lower() not in FORMATS:
@@ -116,20 +103,16 @@ def plot_plane(
     if pruner is not None:
         if not pruner.per_batch and isinstance(pruner.fitted, EUPlane):
             _lines(plane, pruner.fitted.thresholds)
-        names = [f"{name}: {int(members.sum()):,}" for name, members in groups.items()]
-        handles = [
-            Line2D([], [], marker="o", linestyle="", color=COLOURS[group], label=name)
-            for group, name in zip(groups, names, strict=True)
-        ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=6 if sum(map(len, names)) < 66 else 3,
+        names = {group: f"{group}: {int(members.sum()):,}" for group, members in groups.items()}
+        dot: dict[str, Any] = {"marker": "o", "linestyle": ""}
+        handles = [Line2D([], [], color=COLOURS[group], label=name, **dot) for group, name in names.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=6 if sum(map(len, names.values())) < 66 else 3,
                       frameon=False, labelcolor=INK, handletextpad=0.1, columnspacing=1.4, fontsize=9)  # fmt: skip
 
     outside = int(((x < view[0][0]) | (x > view[0][1]) | (y < view[1][0]) | (y > view[1][1])).sum())
     correlation = rank_correlation(y, x)
-    lines = [
-        f"{len(x):,} {'sample' if len(x) == 1 else 'samples'}, rank correlation "
-        + ("undefined" if np.isnan(correlation) else f"{correlation:.2f}")
-    ]
+    found = "undefined" if np.isnan(correlation) else f"{correlation:.2f}"
+    lines = [f"{len(x):,} {'sample' if len(x) == 1 else 'samples'}, rank correlation {found}"]
     omissions = [f"{outside:,} outside of the view"] if outside else []
     omissions += [f"{(~shown).sum():,} without a score left out"] if not shown.all() else []
     lines += [", ".join(omissions)] if omissions else []

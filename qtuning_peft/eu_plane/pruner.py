@@ -20,18 +20,8 @@ import pandas as pd
 
 from ..loss import IGNORE_INDEX
 from .scores import SCORES, scores_of
-from .selection import (
-    DEGENERATE,
-    KEEP,
-    SAMPLE_STRATEGIES,
-    TRIM,
-    UNSCORED,
-    Budget,
-    Pruned,
-    SampleStrategy,
-    rank_correlation,
-)
-from .table import Data, plain, read_table, require, supervised
+from .selection import DEGENERATE, KEEP, SAMPLE_STRATEGIES, TRIM, UNSCORED, Budget, Pruned, SampleStrategy
+from .table import Data, mismatch, plain, rank_correlation, read_table, require, supervised
 from .tokens import TOKEN_STRATEGIES, keep_lowest, kept_counts, protected_tokens
 
 
@@ -48,9 +38,6 @@ class EUPruner:
 
     Attributes:
         pruned: What `fit` found, a [`Pruned`].
-
-    Raises:
-        ValueError: in one sentence, when an option or the data cannot be used.
     """
 
     _: KW_ONLY
@@ -66,9 +53,7 @@ class EUPruner:
     token_strategy: str = _option("neighbours", "Which tokens of trimmed samples are kept.", TOKEN_STRATEGIES)
     neighbour_weight: float = _option(0.5, "Weight of a token's neighbours, 0 to 1, for token_strategy neighbours.")
     keep_tokens: str = _option("lowest", "Which end of the ranking of tokens is kept: lowest, or to compare highest.")
-    tokenizer: Any = field(
-        default=None, metadata={"help": "Tokenizer of the model: its special tokens are never trimmed."}
-    )
+    tokenizer: Any = field(default=None, metadata={"help": "The model's tokenizer; special tokens are never trimmed."})
     protect: str | Sequence[str] = _option(
         (), "Regular expressions for text that is never trimmed, such as '####.*'; needs the tokenizer."
     )
@@ -95,10 +80,8 @@ class EUPruner:
                     raise ValueError(f"{name} is {value}; choose {choose}.")
         budgets = [n for n in ("sample_ratio", "num_samples", "num_tokens") if getattr(self, n) is not None]
         if len(budgets) != 1:
-            raise ValueError(
-                f"{' and '.join(budgets) if budgets else 'No budget'} is given; give exactly one of sample_ratio, "
-                "num_samples and num_tokens."
-            )
+            given = " and ".join(budgets) or "No budget"
+            raise ValueError(f"{given} is given; give exactly one of sample_ratio, num_samples and num_tokens.")
         SAMPLE_STRATEGIES.check(self.strategy)
         TOKEN_STRATEGIES.check(self.token_strategy)
         if self.keep_tokens not in ("lowest", "highest"):
@@ -122,20 +105,10 @@ class EUPruner:
     @property
     def scores(self) -> tuple[str, ...]:
         """Scores that its strategies read, for `EUScorer(scores=...)`."""
-        columns = SAMPLE_STRATEGIES[self.strategy].columns + TOKEN_STRATEGIES[self.token_strategy].columns
-        return scores_of(columns)
-
-    # -- samples -------------------------------------------------------------------------------------------------------
+        return scores_of(SAMPLE_STRATEGIES[self.strategy].columns + TOKEN_STRATEGIES[self.token_strategy].columns)
 
     def fit(self, scored: Data) -> EUPruner:
-        """Find what divides the kept from the dropped in all of `scored`.
-
-        Args:
-            scored: Data with the columns that `EUScorer` adds.
-
-        Returns:
-            This pruner.
-        """
+        """Find what divides the kept from the dropped in all of `scored`, which has the columns of `EUScorer`."""
         if getattr(scored, "column_names", None) and not hasattr(scored, "__len__"):
             raise ValueError(
                 "The data is streamed, so thresholds for all of it cannot be found; set per_batch to True."
@@ -180,8 +153,7 @@ class EUPruner:
 
     def _label(self, rows: pd.DataFrame, strategy: SampleStrategy) -> np.ndarray:
         quadrants = self._set_aside(rows)
-        choosable = quadrants == ""
-        if choosable.any():
+        if (choosable := quadrants == "").any():
             quadrants[choosable] = strategy(rows[choosable])
         return quadrants
 
@@ -207,33 +179,19 @@ class EUPruner:
             listed = ", ".join(map(str, unscored[:10])) + (", ..." if len(unscored) > 10 else "")
             notes.append(f"{len(unscored)} rows have no score and are not kept: {listed} (column unscored says why).")
         if target is not None and kept != target:
-            choosable = len(rows) - found[UNSCORED] - found[DEGENERATE]
-            few = choosable < target
+            few = (choosable := len(rows) - found[UNSCORED] - found[DEGENERATE]) < target
             cause = f"only {choosable} can be kept" if few else "samples with equal scores are kept together"
             notes.append(f"{kept} samples are kept instead of {target}: {cause}.")
         return Pruned(
             counts={name: found[name] for name in (*names, DEGENERATE, UNSCORED) if name in names or found[name]},
-            kept_samples=kept,
-            kept_tokens=int(self._in_tokens(rows).cost(quadrants)),
-            samples=len(rows),
-            tokens=int(rows["supervised_tokens"].sum()),
+            kept_samples=kept, kept_tokens=int(self._in_tokens(rows).cost(quadrants)),
+            samples=len(rows), tokens=int(rows["supervised_tokens"].sum()),
             correlation=rank_correlation(scored["error"], scored["uncertainty"]),
-            target_samples=target,
-            target_tokens=self.num_tokens,
-            notes=notes,
-        )
-
-    # -- tokens --------------------------------------------------------------------------------------------------------
+            target_samples=target, target_tokens=self.num_tokens, notes=notes,
+        )  # fmt: skip
 
     def __call__(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        """Prune a batch of scored rows.
-
-        Args:
-            rows: Columns, those of `EUScorer` among them.
-
-        Returns:
-            The same columns and `quadrant`, with the kept rows alone, their `labels` trimmed.
-        """
+        """Prune a batch of scored rows: the same columns and `quadrant`, kept rows alone, their `labels` trimmed."""
         columns = {name: plain(rows[name]) for name in rows.keys()}  # noqa: SIM118 (lazy batches iterate otherwise)
         if not all(isinstance(column, list) for column in columns.values()):
             raise ValueError("A single row came instead of a batch; call map with batched=True.")
@@ -254,11 +212,10 @@ class EUPruner:
         scores = TOKEN_STRATEGIES[self.token_strategy].scores(row, self)
         tokens = supervised(row["labels"])
         if len(tokens) != len(scores):
-            raise ValueError(
-                f"A row has {len(tokens)} supervised tokens and {len(scores)} token scores; score the data again."
-            )
-        ranking = scores if self.keep_tokens == "lowest" else -scores
-        return keep_lowest(ranking, self.token_ratio, self._protected(tokens))
+            raise mismatch(len(tokens), len(scores))
+        return keep_lowest(
+            scores if self.keep_tokens == "lowest" else -scores, self.token_ratio, self._protected(tokens)
+        )
 
     def trim(self, row: dict[str, Any]) -> dict[str, Any]:
         """`row` without labels for the tokens that are not kept."""

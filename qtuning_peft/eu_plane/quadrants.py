@@ -10,10 +10,9 @@ Low and high are symmetric quantiles, a and 1 - a, on both axes. With `N` sample
 of the four thresholds moves past one more sample. Both squares of dropped samples only ever grow, from nothing at
 a = 0 to everything at a = 1, by at most one sample a step, so bisection over the steps meets any budget to the sample.
 
-In between, published code assigns (low, middle) and (middle, low) to the redundant samples. A sample then comes back as
-its error crosses from middle to high while `a` grows, the kept share is not monotone in `a`, and shares below one half
-are out of reach where error and uncertainty are independent. Here what lies in neither square is kept: whole, unless
-its error is high or its uncertainty low. For small budgets `a` exceeds 1/2, and only the two far corners remain.
+Published code also counts (low, middle) and (middle, low) as redundant; the kept share is then not monotone in `a`, and
+shares below one half can be out of reach. Here what lies in neither square is kept: whole, unless its error is high or
+its uncertainty low. For small budgets `a` exceeds 1/2, and only the two far corners remain.
 """
 
 from __future__ import annotations
@@ -47,15 +46,7 @@ class Thresholds:
     quantile: float
 
     def quadrants(self, error: np.ndarray, uncertainty: np.ndarray) -> np.ndarray:
-        """Quadrant of every sample.
-
-        Args:
-            error: (samples,), nats.
-            uncertainty: (samples,), nats.
-
-        Returns:
-            (samples,) of the names in `QUADRANTS`.
-        """
+        """Quadrant of every sample, (samples,) of the names in `QUADRANTS`; `error`, `uncertainty` (samples,), nats."""
         noise = (error > self.error_high) & (uncertainty > self.uncertainty_high)
         redundant = (error < self.error_low) & (uncertainty < self.uncertainty_low)
         misconception = (error > self.error_high) | (uncertainty < self.uncertainty_low)
@@ -65,13 +56,7 @@ class Thresholds:
 
 
 def thresholds_at(step: int, errors: np.ndarray, uncertainties: np.ndarray) -> Thresholds:
-    """Thresholds after `step` of the 4N steps.
-
-    Args:
-        step: 0 keeps everything, 4N nothing.
-        errors: (samples,), ascending.
-        uncertainties: (samples,), ascending.
-    """
+    """Thresholds after `step`, 0 to 4N, of the 4N steps; `errors` and `uncertainties` (samples,), ascending."""
     count = len(errors)
     # How many samples lie beyond each threshold; the four take turns.
     error_low, uncertainty_low, error_high, uncertainty_high = ((step + 3 - turn) // 4 for turn in range(4))
@@ -98,14 +83,10 @@ def find_thresholds(
     """The thresholds whose kept samples cost nearest to `budget`; of two equally near, the more. Something is kept.
 
     Args:
-        error: (samples,), nats, finite, at least one.
-        uncertainty: (samples,), nats, finite.
+        error, uncertainty: (samples,), nats, finite, at least one.
         budget: What the kept samples may cost.
         cost: From quadrants (samples,) to what is kept of them, in samples or in tokens; it must not rise as samples
             leave. Samples with equal scores leave together, which can make the exact budget unreachable.
-
-    Returns:
-        The thresholds.
     """
     errors, uncertainties = np.sort(error), np.sort(uncertainty)
 

@@ -1,7 +1,6 @@
 """A report to judge a pruning by: one HTML file with the plane, its quadrants, and examples of what they hold.
 
-The file needs nothing but itself: no network, no scripts. It follows the reader's choice of a light or a dark page. Its
-markup is `report.html.jinja`; here is what goes into it.
+The file needs no network and no scripts. Its markup is `report.html.jinja`; here is what goes into it.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from ..loss import IGNORE_INDEX
 from .plot import COLOURS, INK, plot_plane
 from .pruner import EUPruner
 from .selection import DEGENERATE, KEEP, TRIM, UNSCORED, Pruned
+from .table import mismatch
 from .tokens import pieces_of
 
 if TYPE_CHECKING:
@@ -42,15 +42,9 @@ MEANING = {
 
 
 def write_report(
-    scored: Dataset,
-    tokenizer: Any,
-    pruner: EUPruner,
-    path: str | os.PathLike[str],
-    *,
-    examples: int = 5,
-    seed: int = 0,
+    scored: Dataset, tokenizer: Any, pruner: EUPruner, path: str | os.PathLike[str], *, examples: int = 5, seed: int = 0
 ) -> Path:
-    """Write a report on `scored` to one HTML file.
+    """Write a report on `scored` to one HTML file; return its path.
 
     Args:
         scored: Data with the columns that `EUScorer` adds.
@@ -59,13 +53,6 @@ def write_report(
         path: The file; one of that name is replaced once the report is whole.
         examples: Samples shown of every quadrant, spread over their errors.
         seed: Chooses among them.
-
-    Returns:
-        The path.
-
-    Raises:
-        ImportError: without matplotlib.
-        ValueError: when an argument cannot be used.
     """
     if examples < 0:
         raise ValueError(f"examples is {examples}; choose at least 0.")
@@ -91,8 +78,7 @@ def write_report(
                 "cards": [_card(scored[index], index, name, tokenizer, pruner) for index in chosen],
             }
         )  # fmt: skip
-    template = _ENVIRONMENT.get_template("report.html.jinja")
-    page = template.render(
+    page = _ENVIRONMENT.get_template("report.html.jinja").render(
         found=found, tiles=_tiles(found, pruner), notes=_notes(found, pruner), picture=_picture(scored, pruner),
         groups=groups, meaning=MEANING, colours=COLOURS, steps=STEPS, trims=pruner.token_ratio < 1,
     )  # fmt: skip
@@ -146,18 +132,11 @@ def _tiles(found: Pruned, pruner: EUPruner) -> list[tuple[str, str, str]]:
     if pruner.token_ratio < 1:
         details += f"; {percent(pruner.token_ratio)} of the tokens where trimmed, by {pruner.token_strategy}"
     correlation = f"{found.correlation:.2f}" if np.isfinite(found.correlation) else "undefined"
-    kept = [
-        (label, f"{part:,}", f"of {whole:,}, {part / max(whole, 1):.1%}")
-        for label, part, whole in (
-            ("Samples kept", found.kept_samples, found.samples),
-            ("Supervised tokens kept", found.kept_tokens, found.tokens),
-        )
-    ]
+    counts = [("Samples", found.kept_samples, found.samples), ("Supervised tokens", found.kept_tokens, found.tokens)]
     return [
-        *kept,
-        ("Budget", budget, details),
-        ("Rank correlation", correlation, "of error and uncertainty (Spearman)"),
-    ]
+        *((f"{what} kept", f"{part:,}", f"of {whole:,}, {part / max(whole, 1):.1%}") for what, part, whole in counts),
+        ("Budget", budget, details), ("Rank correlation", correlation, "of error and uncertainty (Spearman)"),
+    ]  # fmt: skip
 
 
 def _notes(found: Pruned, pruner: EUPruner) -> list[str]:
@@ -204,9 +183,7 @@ def _parts(row: Mapping[str, Any], kept: np.ndarray | None, tokenizer: Any) -> l
     ids = np.where(supervised, labels, np.asarray(row["input_ids"], np.int64)).tolist()
     errors, uncertainties = row["token_error"], row["token_uncertainty"]
     if not len(errors) == len(uncertainties) == supervised.sum():
-        raise ValueError(
-            f"A row has {supervised.sum()} supervised tokens and {len(errors)} token scores; score the data again."
-        )
+        raise mismatch(supervised.sum(), len(errors))
     parts: list[dict[str, Any]] = []
     seen, start = 0, 0
     for is_supervised, run in groupby(supervised.tolist()):

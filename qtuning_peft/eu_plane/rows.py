@@ -44,8 +44,7 @@ class RowEncoder:
     Args:
         tokenizer: The model's tokenizer, a fast one; `None` if the rows are tokens.
         columns: The data's own names for the columns above, such as `{"prompt": "question", "completion": "answer"}`.
-        chat_template: Whether prompts go through the tokenizer's chat template. Without it, prompt and completion are
-            joined as they are, an end-of-sequence token behind.
+        chat_template: Use the chat template; without it, prompt, completion and the end-of-sequence token are joined.
     """
 
     def __init__(
@@ -60,11 +59,7 @@ class RowEncoder:
         self.chat_template = chat_template
 
     def format_of(self, names: Sequence[str]) -> str:
-        """Which format rows with columns `names` have.
-
-        Raises:
-            ValueError: when it is none, or when the tokenizer cannot serve it.
-        """
+        """Which format rows with columns `names` have; a ValueError if none that the tokenizer can serve."""
         missing = sorted(own for own in self.columns.values() if own not in names)
         if missing:
             raise ValueError(f"The data has no column {', '.join(missing)}; its columns are {', '.join(names)}.")
@@ -95,28 +90,16 @@ class RowEncoder:
         return found
 
     def encode(self, row: Mapping[str, Any], kind: str) -> EncodedRow:
-        """Tokens of one row.
-
-        Args:
-            row: The row, with the data's own column names.
-            kind: What `format_of` returned.
-
-        Raises:
-            RowError: when this row has no such tokens.
-        """
+        """Tokens of one row, of the format `kind` that `format_of` found; a RowError if it has none."""
         row = {**row, **{name: row[own] for name, own in self.columns.items()}}
         try:
-            if kind == "tokens":
-                return tokenized(row)
-            return getattr(self, f"_{kind}")(row)
+            return tokenized(row) if kind == "tokens" else getattr(self, f"_{kind}")(row)
         except RowError:
             raise
         except Exception as error:
             # Rows are other people's data, and templates are programs: whatever goes wrong is about this row alone.
             reason = str(error).strip().splitlines()
             raise RowError(f"{type(error).__name__}: {reason[0] if reason else 'no message'}") from error
-
-    # -- formats -------------------------------------------------------------------------------------------------------
 
     def _messages(self, row: Mapping[str, Any]) -> EncodedRow:
         return self._conversation(row["messages"], row)
@@ -164,8 +147,6 @@ class RowEncoder:
         text = prompt + answer + (self.tokenizer.eos_token or "")
         return self._tokens(text, [(len(prompt), len(text))], add_special_tokens=True)
 
-    # -- text to tokens ------------------------------------------------------------------------------------------------
-
     def _conversation(self, messages: Any, row: Mapping[str, Any]) -> EncodedRow:
         # `datasets` fills keys that only some messages have with None, which templates take for a value.
         messages = _without_none(list(messages or ()))
@@ -177,10 +158,8 @@ class RowEncoder:
         spans = []
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
-                if index:
-                    before = self._render(messages[:index], row, add_generation_prompt=True)
-                else:
-                    before = self._opening(text, messages, row)
+                prompt = messages[:index]
+                before = self._render(prompt, row, True) if prompt else self._opening(text, messages, row)
                 after = self._render(messages[: index + 1], row)
                 spans.append((_length_of_prefix(text, before), _length_of_prefix(text, after)))
         return self._tokens(text, spans)

@@ -46,29 +46,20 @@ class EUScorer:
             under its active adapter.
         tokenizer: The model's tokenizer; may be `None` for rows of tokens.
         columns: The data's own names for the columns, such as `{"prompt": "question", "completion": "answer"}`.
-        chat_template: Whether prompts go through the tokenizer's chat template.
+        chat_template: Use the tokenizer's chat template.
         max_length: Longer rows are not scored; by default the model's longest context.
         tokens_per_batch: Tokens in a forward pass, padding included.
         scores: More scores to add, by name (see `scores`), such as `("el2n", "ifd")`.
         reference_model: A second model: also add `token_reference_error`, the tokens' error under it.
 
-    Raises:
-        ValueError: when the model, the data's columns or the tokenizer cannot be used. A row that cannot be scored does
-            not raise: it is warned about, and `unscored` says why.
+    A row that cannot be scored does not raise: it is warned about, and `unscored` says why.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any = None,
-        *,
-        columns: Mapping[str, str] | None = None,
-        chat_template: bool = True,
-        max_length: int | None = None,
-        tokens_per_batch: int = 4096,
-        scores: Sequence[str] = (),
-        reference_model: nn.Module | None = None,
-    ) -> None:
+        self, model: nn.Module, tokenizer: Any = None, *, columns: Mapping[str, str] | None = None,
+        chat_template: bool = True, max_length: int | None = None, tokens_per_batch: int = 4096,
+        scores: Sequence[str] = (), reference_model: nn.Module | None = None,
+    ) -> None:  # fmt: skip
         for name, value in (("max_length", max_length), ("tokens_per_batch", tokens_per_batch)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; choose at least 1.")
@@ -89,15 +80,7 @@ class EUScorer:
         self.on_progress: Callable[[int], None] | None = None
 
     def __call__(self, rows: Mapping[str, Sequence[Any]], indices: Sequence[int] | None = None) -> dict[str, list[Any]]:
-        """Score a batch of rows.
-
-        Args:
-            rows: Columns of the data, equally long.
-            indices: Numbers of the rows in the data, for messages (`map(..., with_indices=True)`).
-
-        Returns:
-            The new columns.
-        """
+        """The new columns of a batch of rows; `indices` number them in messages (`map(..., with_indices=True)`)."""
         encoded, unscored = self._encode_rows(rows)
         scores = self._score([EncodedRow([], []) if why else row for row, why in zip(encoded, unscored, strict=True)])
         for index, value in enumerate(scores["token_error"]):
@@ -147,8 +130,6 @@ class EUScorer:
         if not 0 <= min(*encoded.input_ids, *supervised) <= max(*encoded.input_ids, *supervised) < self.vocabulary:
             raise RowError(f"a token is outside of the model's vocabulary of {self.vocabulary}")
         return encoded
-
-    # -- running the model ---------------------------------------------------------------------------------------------
 
     def _score(self, encoded: Sequence[EncodedRow]) -> dict[str, Sequence[Any]]:
         """Columns of scores; those of tokens are (supervised tokens,) for each row, float64."""

@@ -78,12 +78,7 @@ class ScoredRows:
 
 @dataclass(frozen=True)
 class Score:
-    """One score.
-
-    Attributes:
-        of: From [`Predictions`] to a value for each of the tokens, or from [`ScoredRows`] to one for each of the rows.
-        per_token: Which of the two it is.
-    """
+    """One score: `of` [`Predictions`] a value for each token (`per_token`), or of [`ScoredRows`] one for each row."""
 
     of: Callable[[Any], Any]
     per_token: bool

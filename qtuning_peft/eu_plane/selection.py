@@ -1,8 +1,7 @@
 """Stage 1: which samples are kept, by a budget in samples or in supervised tokens.
 
-A sample strategy is fitted on scored rows and a budget, and then says of any row what becomes of it. Rows that look the
-same share their fate, so that what was found on a whole data set can be applied to any batch of it; where that makes
-the budget unreachable, the nearest one is met.
+A sample strategy is fitted on scored rows and a budget, and then says of any row what becomes of it. Equal rows share
+their fate, so that it can be applied to any batch; where that makes the budget unreachable, the nearest one is met.
 
 `@sample_strategy("name", "column", ...)` on a function that gives every row a priority adds a strategy; so does
 `@SAMPLE_STRATEGIES.register("name")` on a class derived from `SampleStrategy`.
@@ -112,9 +111,7 @@ SAMPLE_STRATEGIES: Registry[type[SampleStrategy]] = Registry("strategy")
 def sample_strategy(name: str, *columns: str) -> Callable[[Priority], Priority]:
     """Decorator: register a function of (rows, options) that returns priorities (rows,), the highest of which are kept.
 
-    Args:
-        name: Name of the strategy.
-        *columns: Columns that the function reads; those that a score provides are computed for it.
+    Of the `columns` that it reads, those that a score provides are computed for it.
     """
 
     def register(function: Priority) -> Priority:
@@ -154,13 +151,5 @@ class Pruned:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {name}" for name, count in self.counts.items())
-        return (
-            f"kept {self.kept_samples} of {self.samples} samples and {self.kept_tokens} of {self.tokens} supervised "
-            f"tokens ({counts})"
-        )
-
-
-def rank_correlation(first: Any, second: Any) -> float:
-    """Spearman's rank correlation of two arrays (samples,); NaN if one is constant."""
-    # Of ranks by hand: pandas' own "spearman" needs SciPy.
-    return float(pd.Series(first).rank().corr(pd.Series(second).rank()))
+        tokens = f"{self.kept_tokens} of {self.tokens} supervised tokens"
+        return f"kept {self.kept_samples} of {self.samples} samples and {tokens} ({counts})"

@@ -1,8 +1,4 @@
-"""Sample strategies: the Error-Uncertainty plane of Q-Tuning, and others to compare with.
-
-The plane has thresholds. The others give every row a priority, and the rows with the highest are kept, as many as the
-budget allows.
-"""
+"""Sample strategies: the thresholds of the Error-Uncertainty plane of Q-Tuning, and priorities to compare with."""
 
 from __future__ import annotations
 
@@ -19,11 +15,7 @@ from .selection import SAMPLE_STRATEGIES, Budget, HighestPriority, Options, Samp
 
 @SAMPLE_STRATEGIES.register("eu_plane")
 class EUPlane(SampleStrategy):
-    """Misconceptions and calibration samples of the Error-Uncertainty plane (Q-Tuning).
-
-    Attributes:
-        thresholds: Between low and high, once it is fitted.
-    """
+    """Misconceptions and calibration samples of the Error-Uncertainty plane (Q-Tuning)."""
 
     columns = ("error", "uncertainty")
     quadrants = QUADRANTS

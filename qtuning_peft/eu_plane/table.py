@@ -23,11 +23,7 @@ def names_of(data: Data) -> Collection[str]:
 
 
 def require(needed: Collection[str], given: Collection[str]) -> None:
-    """Check that all of the columns `needed` are `given`.
-
-    Raises:
-        ValueError: naming the scores to compute, when they are not.
-    """
+    """Refuse data without some of the columns `needed`, naming the scores to compute."""
     missing = sorted({*needed} - {*given})
     if missing:
         scores = scores_of(missing)
@@ -36,11 +32,7 @@ def require(needed: Collection[str], given: Collection[str]) -> None:
 
 
 def read_table(data: Data, needed: Collection[str]) -> pd.DataFrame:
-    """The columns `needed` of scored data, and `unscored`, whether a row has no score.
-
-    Raises:
-        ValueError: when a column is missing, or a score is not a finite number.
-    """
+    """The columns `needed` of scored data, scores checked to be finite, and `unscored`, whether a row has no score."""
     require(needed, names_of(data))
     rows = pd.DataFrame({name: plain(data[name][:]) for name in needed})
     if rows.empty:
@@ -56,11 +48,20 @@ def read_table(data: Data, needed: Collection[str]) -> pd.DataFrame:
             continue
         broken = np.flatnonzero(~np.isfinite(rows[name]) & ~rows["unscored"])
         if len(broken):
-            raise ValueError(
-                f"{name} of row {broken[0]} is {rows[name][broken[0]]}; score the data again, in a wider dtype if the "
-                "model's output overflowed."
-            )
+            advice = "score the data again, in a wider dtype if the model's output overflowed"
+            raise ValueError(f"{name} of row {broken[0]} is {rows[name][broken[0]]}; {advice}.")
     return rows
+
+
+def rank_correlation(first: Any, second: Any) -> float:
+    """Spearman's rank correlation of two arrays (samples,); NaN if one is constant."""
+    # Of ranks by hand: pandas' own "spearman" needs SciPy.
+    return float(pd.Series(first).rank().corr(pd.Series(second).rank()))
+
+
+def mismatch(tokens: int, scores: int) -> ValueError:
+    """The error for a row whose labels changed after it was scored."""
+    return ValueError(f"A row has {tokens} supervised tokens and {scores} token scores; score the data again.")
 
 
 def plain(column: Any) -> Any:

@@ -71,11 +71,7 @@ class EncodedRow:
 
 
 def tokenized(row: Mapping[str, Any]) -> EncodedRow:
-    """An already tokenized row without its padding.
-
-    Raises:
-        RowError: when its columns contradict each other.
-    """
+    """An already tokenized row without its padding; a RowError if its columns contradict each other."""
     input_ids = _integers(row["input_ids"], "input_ids")
     length = len(input_ids)
 

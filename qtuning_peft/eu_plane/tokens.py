@@ -25,12 +25,7 @@ Ranking = Callable[[Row, Options], np.ndarray]
 
 @dataclass(frozen=True)
 class TokenStrategy:
-    """How tokens are ranked.
-
-    Attributes:
-        columns: Columns of the data that it reads; those that a score provides are computed for it.
-        scores: From (row, options) to scores (supervised tokens,), of which the lowest are kept.
-    """
+    """The columns that a ranking reads, and it: from (row, options) to (supervised tokens,), the lowest kept."""
 
     columns: tuple[str, ...]
     scores: Ranking
@@ -42,9 +37,7 @@ TOKEN_STRATEGIES: Registry[TokenStrategy] = Registry("token_strategy")
 def token_strategy(name: str, *columns: str) -> Callable[[Ranking], Ranking]:
     """Decorator: register a function of (row, options) that scores a row's supervised tokens, the lowest kept.
 
-    Args:
-        name: Name of the strategy.
-        *columns: Columns that the function reads; those that a score provides are computed for it.
+    Of the `columns` that it reads, those that a score provides are computed for it.
     """
 
     def register(function: Ranking) -> Ranking:
@@ -74,15 +67,7 @@ def rho1(row: Row, options: Options) -> np.ndarray:
 
 
 def neighbour_scores(token_error: np.ndarray, neighbour_weight: float = 0.5) -> np.ndarray:
-    """Neighbour-aware perplexity of every token.
-
-    Args:
-        token_error: (tokens,), nats.
-        neighbour_weight: The lambda of the equation, 0 to 1.
-
-    Returns:
-        (tokens,), float64.
-    """
+    """Neighbour-aware perplexity s (tokens,) from `token_error` (tokens,), nats, and lambda, `neighbour_weight`."""
     # Far below float64's end, so that sums stay finite; nothing real is less likely than e^-300.
     perplexity = np.exp(np.minimum(token_error.astype(np.float64), 300.0))
     if not len(perplexity):
@@ -103,9 +88,6 @@ def keep_lowest(scores: np.ndarray, token_ratio: float, protected: np.ndarray) -
         scores: (tokens,).
         token_ratio: Share to keep, in (0, 1].
         protected: (tokens,), bool: kept whatever their score. They count towards the share, and may exceed it.
-
-    Returns:
-        (tokens,), bool.
     """
     count = int(kept_counts(len(scores), token_ratio))
     ranked = np.lexsort((np.arange(len(scores)), scores, ~protected))
@@ -115,16 +97,7 @@ def keep_lowest(scores: np.ndarray, token_ratio: float, protected: np.ndarray) -
 
 
 def protected_tokens(tokenizer: Any, tokens: Sequence[int], patterns: Sequence[str]) -> np.ndarray:
-    """Which tokens are special, or stand for text that one of `patterns` matches.
-
-    Args:
-        tokenizer: The model's tokenizer.
-        tokens: (tokens,).
-        patterns: Regular expressions.
-
-    Returns:
-        (tokens,), bool.
-    """
+    """Which of `tokens` are special, or stand for text that one of the regular expressions matches: (tokens,), bool."""
     protected = np.isin(tokens, tokenizer.all_special_ids)
     if patterns:
         pieces = pieces_of(tokenizer, tokens)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ..head import causal_model
 from ..loss import IGNORE_INDEX
@@ -62,26 +62,15 @@ class PruningCollator:
     """
 
     def __init__(
-        self,
-        collate: Callable[[list[Any]], Any],
-        model: nn.Module,
-        pruner: EUPruner,
-        tokens_per_batch: int = 4096,
+        self, collate: Callable[[list[Any]], Any], model: nn.Module, pruner: EUPruner, tokens_per_batch: int = 4096,
         autocast: torch.dtype | None = None,
-    ) -> None:
-        self.collate = collate
-        self.model = model
-        self.pruner = pruner
-        self.tokens_per_batch = tokens_per_batch
-        self.autocast = autocast
+    ) -> None:  # fmt: skip
+        self.collate, self.model, self.pruner = collate, model, pruner
+        self.tokens_per_batch, self.autocast = tokens_per_batch, autocast
         self.samples = self.kept_samples = self.tokens = self.kept_tokens = 0
 
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
-        """Collate `examples` and prune the batch.
-
-        Raises:
-            ValueError: when the batch has no labels, or packed samples whose positions do not tell them apart.
-        """
+        """Collate `examples` and prune the batch."""
         batch: dict[str, Any] = dict(self.collate(examples))
         places, samples = samples_of(batch)
         if not samples:
@@ -170,9 +159,6 @@ class EUPruningCallback(TrainerCallback):
         pruner: What to keep of a batch, with a `sample_ratio`. Thresholds are found in every batch, so `fit` is not
             called, and batches should be large: of 8 samples, a quarter is 2.
         tokens_per_batch: Tokens in a forward pass that scores, padding included.
-
-    Raises:
-        ValueError: when the pruner needs what a batch does not have, or when data is loaded in other processes.
     """
 
     def __init__(self, pruner: EUPruner, tokens_per_batch: int = 4096) -> None:
@@ -189,16 +175,12 @@ class EUPruningCallback(TrainerCallback):
         self.collator: PruningCollator | None = None
         self._logged = np.zeros(4, np.int64)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Wrap the collator of the training data."""
         loader = getattr(kwargs["train_dataloader"], "base_dataloader", kwargs["train_dataloader"])
         if loader.num_workers:
-            raise ValueError(
-                f"dataloader_num_workers is {loader.num_workers}, but batches are scored with the model, which lives "
-                "in this process; set it to 0."
-            )
+            cause = "batches are scored with the model, which lives in this process"
+            raise ValueError(f"dataloader_num_workers is {loader.num_workers}, but {cause}; set it to 0.")
         # An interrupted training has left both behind.
         collate = loader.collate_fn.collate if isinstance(loader.collate_fn, PruningCollator) else loader.collate_fn
         forget_states(kwargs["model"])
@@ -207,7 +189,7 @@ class EUPruningCallback(TrainerCallback):
         self._logged = np.zeros(4, np.int64)
         loader.collate_fn = self.collator
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Add what was kept to the training log."""
         logs, collator = kwargs.get("logs"), self.collator
         if logs is None or collator is None or "loss" not in logs:
@@ -215,17 +197,13 @@ class EUPruningCallback(TrainerCallback):
         counts = np.array([collator.kept_samples, collator.samples, collator.kept_tokens, collator.tokens])
         since, self._logged = counts - self._logged, counts
         if since[1]:
-            kept = {
-                "kept_samples": round(float(since[0] / since[1]), 4),
-                "kept_tokens": round(float(since[2] / since[3]), 4),
-            }
+            samples, tokens = (round(float(since[i] / since[i + 1]), 4) for i in (0, 2))
+            kept = {"kept_samples": samples, "kept_tokens": tokens}
             logs.update(kept)
             # The trainer has copied the entry into its history already.
             state.log_history[-1].update(kept)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the training data its collator back."""
         loader = getattr(kwargs["train_dataloader"], "base_dataloader", kwargs["train_dataloader"])
         if self.collator is not None and loader.collate_fn is self.collator:
@@ -235,17 +213,12 @@ class EUPruningCallback(TrainerCallback):
 
 def forget_states(model: nn.Module) -> None:
     """Drop states of the base that no step has taken."""
-    reuse = reuse_of(model)
-    if reuse is not None:
+    if (reuse := reuse_of(model)) is not None:
         reuse.waiting = []
 
 
 def samples_of(batch: dict[str, Any]) -> tuple[list[Place], list[Sample]]:
-    """The samples of a batch that have supervised tokens, without padding, and where they lie.
-
-    Raises:
-        ValueError: when the batch lacks tensors, or its samples cannot be told apart.
-    """
+    """The samples of a batch that have supervised tokens, without padding, and where they lie."""
     for name in ("input_ids", "labels"):
         if not isinstance(batch.get(name), Tensor):
             raise ValueError(f"The collator returns no {name}, which pruning needs; use one that does.")
