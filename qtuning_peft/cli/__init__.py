@@ -40,7 +40,7 @@ def demo(
     messages) from this package. The training data is pruned first. The adapter is saved, loaded in a fresh process with
     plain PEFT, and answers held-out messages.
     """
-    console.print("Quantized side tuning: SmolLM2-135M-Instruct (NF4) learns to extract four fields as JSON")
+    console.print("Quantized side tuning: SmolLM2-135M-Instruct (NF4) learns to extract three fields as JSON")
     from ..demo.run import run_demo
     from ..demo.show import show
 
