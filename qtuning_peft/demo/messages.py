@@ -31,16 +31,16 @@ def draw_rows(split: str, count: int, seed: int = 0) -> list[dict[str, str]]:
     for _ in range(count):
         fields = {
             "phone": f"555-{rng.randint(0, 9999):04}",
-            "date": f"{rng.randint(1, 28)} {rng.choice(month_name[1:])}",
+            "date": f"{rng.choice(month_name[1:])} {rng.randint(1, 28)}",
             "name": f"{rng.choice(words['first'])} {rng.choice(words['last'])}",
-            "guests": rng.randint(2, 12),
         }
+        guests = rng.randint(2, 12)
         opening, request, contact = (rng.choice(words[name]) for name in ("openings", "requests", "contacts"))
         if not opening or opening.endswith(". "):
             request = request[0].upper() + request[1:]
         # Guests give their name once.
         closing = "" if "{name}" in opening else " " + rng.choice(words["closings"])
-        message = f"{opening}{request} {contact}{closing}".format(**fields)
+        message = f"{opening}{request} {contact}{closing}".format(**fields, guests=guests)
         rows.append({"message": message, "prompt": f"{instruction}\n\n{message}", "completion": json.dumps(fields)})
     return rows
 
