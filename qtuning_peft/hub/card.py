@@ -67,8 +67,8 @@ def complete(
         fence=max([*re.findall("`+", training.recipe or ""), "``"], key=len) + "`",
     )  # fmt: skip
     use, section = split(rendered, USE)[1], split(rendered, MARKS)[1]
-    _describe(card.data, config, {*listed(card.data.tags), *tags, *TAGS})
-    _describe_training(card.data, training, split(card.text, MARKS)[1] if section else "")
+    former = split(card.text, MARKS)[1] if section else ""
+    _describe(card.data, config, {*listed(card.data.tags), *tags, *TAGS}, training, former)
     if card.data.eval_results:
         # Axolotl names a model by the folder it writes to.
         name = card.data.model_name
@@ -94,18 +94,17 @@ def _put(section: str, marks: tuple[str, str], text: str, behind: str = "") -> s
     return text.replace(behind, f"{behind}\n\n{section}", 1) if behind else f"\n{section}\n\n{text.lstrip()}"
 
 
-def _describe(data: Any, config: SideTuningConfig, tags: set[str]) -> None:
-    """Put in the metadata what the Hub needs; it refuses a card whose base or data are a folder's."""
+def _describe(data: Any, config: SideTuningConfig, tags: set[str], training: TrainingMetadata, former: str) -> None:
+    """Put in the metadata what the Hub needs, and `training` in the place of what the section `former` came from.
+
+    The Hub refuses a card whose base or data are a folder's.
+    """
     data.library_name = "peft"
     data.pipeline_tag = data.pipeline_tag or TASKS.get(config.task_type or "", DEFAULT)[0]
     data.tags = sorted(tag for tag in tags if not tag.startswith(BASE_TAG) or is_hub_name(tag.removeprefix(BASE_TAG)))
     names = [name for name in (config.base_model_name_or_path, *listed(data.base_model)) if name and is_hub_name(name)]
     data.base_model = names[0] if names else None
     data.base_model_relation = "adapter" if data.base_model else None
-
-
-def _describe_training(data: Any, training: TrainingMetadata, former: str) -> None:
-    """Put the metadata of `training` in the place of those that the section `former` was written from."""
     datasets = [name for name in listed(data.datasets) if is_hub_name(name) and f"`{name}`" not in former]
     data.datasets = list(dict.fromkeys([*datasets, *training.datasets])) or None
     if training.language:
