@@ -1,7 +1,6 @@
 """What an adapter's card says of its training in a trainer: the recipe, how the data were pruned, what was logged.
 
-A recipe may hold names of folders, tokens of accounts, or anything else that a trainer reads. So the card shows only
-settings that decide what is learned, by an allow-list, and none whose value looks like a path or an address.
+A recipe may hold folders or tokens: the card shows only settings of an allow-list that look like no path or address.
 """
 
 from __future__ import annotations
@@ -49,15 +48,7 @@ BUILDERS = {"arrow", "csv", "json", "parquet", "text", "webdataset", "xml"}
 
 
 def shown(value: Any, keys: Iterable[str] = SHOWN) -> Any:
-    """The settings of a trainer's recipe that a card may show: known ones, without paths, addresses and secrets.
-
-    Args:
-        value: Keys and values of a YAML file of TRL or Axolotl, or what one of them holds.
-        keys: What may be shown of a mapping.
-
-    Returns:
-        What is left of it; `None` or nothing inside where nothing may be shown.
-    """
+    """What a card may show of a trainer's recipe (or one value of it): `keys`, without paths, addresses and secrets."""
     if isinstance(value, Mapping):
         found = {key: shown(value.get(key), SHOWN_INSIDE.get(key, ())) for key in keys}
         return {key: left for key, left in found.items() if left not in (None, {}, [])}
@@ -75,16 +66,14 @@ def datasets_on_the_hub(entries: Any) -> tuple[str, ...]:
     """Names of data sets that can be on the Hub, of a name or entries with a `path`; those in files are left out."""
     listed = entries if isinstance(entries, list | tuple) else [entries]
     names = [entry.get("path") if isinstance(entry, Mapping) else entry for entry in listed]
-    return tuple(
-        dict.fromkeys(name for name in names if isinstance(name, str) and name not in BUILDERS and is_hub_name(name))
-    )
+    known = (name for name in names if isinstance(name, str) and name not in BUILDERS and is_hub_name(name))
+    return tuple(dict.fromkeys(known))
 
 
 class TrainingMetadataCallback(TrainerCallback):
     """Keeps `model.training_metadata`, which the model's card is written from, at what the trainer has logged.
 
-    An evaluation before the first step (`eval_on_start=True`) stands beside the last one: a new side network starts
-    exactly at its base, so this is the base's loss.
+    An evaluation before the first step (`eval_on_start=True`) is the base's: a new side network starts exactly there.
 
     Args:
         model: Whose card it is.
@@ -95,18 +84,13 @@ class TrainingMetadataCallback(TrainerCallback):
     """
 
     def __init__(
-        self,
-        model: PeftModel,
-        recipe: Mapping[str, Any],
-        pruning: str | None,
-        datasets: tuple[str, ...] = (),
+        self, model: PeftModel, recipe: Mapping[str, Any], pruning: str | None, datasets: tuple[str, ...] = (),
         evaluated_on: tuple[str | None, str | None] = (None, None),
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.model: Any = model
         self.recipe = yaml.safe_dump(shown(recipe), sort_keys=False, allow_unicode=True)
         self.pruning = pruning or "none in this training"
-        self.datasets = datasets
-        self.evaluated_on = evaluated_on
+        self.datasets, self.evaluated_on = datasets, evaluated_on
         self.began: float | None = None
         self.first_step = 0
 
@@ -126,15 +110,10 @@ class TrainingMetadataCallback(TrainerCallback):
             recipe=self.recipe,
             pruning=_pruned_in_batches(state.log_history) or self.pruning,
             results=tuple(self._result(entry, state.global_step) for entry in first + final),
-            datasets=self.datasets,
-            steps=state.global_step,
-            loss=last.get("loss"),
+            datasets=self.datasets, steps=state.global_step, loss=last.get("loss"),
             seconds=last.get("train_runtime", time.perf_counter() - self.began if self.began else None),
-            resumed_at=self.first_step or None,
-            peak_memory=peak_memory(),
-            machine=machine(),
-            versions=versions(),
-        )
+            resumed_at=self.first_step or None, peak_memory=peak_memory(), machine=machine(), versions=versions(),
+        )  # fmt: skip
 
     def _result(self, entry: Mapping[str, Any], steps: int) -> EvalResult:
         (name, split), step = self.evaluated_on, entry["step"]
@@ -146,10 +125,12 @@ class TrainingMetadataCallback(TrainerCallback):
 
 
 def _pruned_in_batches(history: list[dict[str, Any]]) -> str | None:
-    kept = [(entry["kept_samples"], entry["kept_tokens"]) for entry in history if "kept_samples" in entry]
-    samples, tokens = (fmean(share) for share in zip(*kept, strict=True)) if kept else (0, 0)
-    said = f"which kept {samples:.0%} of its samples and {tokens:.0%} of its supervised tokens"
-    return f"every batch while training, {said}" if kept else None
+    if not (logs := [entry for entry in history if "kept_samples" in entry]):
+        return None
+    samples, tokens = (fmean(entry[key] for entry in logs) for key in ("kept_samples", "kept_tokens"))
+    return (
+        f"every batch while training, which kept {samples:.0%} of its samples and {tokens:.0%} of its supervised tokens"
+    )
 
 
 def is_side_tuned(model: Any) -> bool:

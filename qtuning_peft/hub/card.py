@@ -1,8 +1,7 @@
 """The model card of an adapter: metadata for the Hub, how to use the adapter, and how it was trained.
 
-PEFT writes a card whenever an adapter is saved. `card.md.jinja` has the two sections that are added to it, each between
-marks of its own; everything else in the card is its author's and stays. The section on training is written from
-`model.training_metadata`, and stays as it is when somebody saves the adapter again without it.
+PEFT writes a card whenever an adapter is saved. `card.md.jinja` has the two sections added to it, each between marks;
+the rest is its author's and stays, as does the section on training when saved again without `training_metadata`.
 """
 
 from __future__ import annotations
@@ -45,23 +44,17 @@ TEMPLATE = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined
 
 
 def complete(
-    readme: Path,
-    config: SideTuningConfig,
-    tags: Iterable[str] = (),
-    adapter: str = "ADAPTER",
+    readme: Path, config: SideTuningConfig, tags: Iterable[str] = (), adapter: str = "ADAPTER",
     training: TrainingMetadata | None = None,
-) -> None:
-    """Add to a model card what a reader of this adapter needs; running it again changes nothing.
+) -> None:  # fmt: skip
+    """Add to a card, new or not, what a reader needs; running it again changes nothing.
 
     Args:
-        readme: The card; made if it does not exist.
+        readme: The card.
         config: The adapter's configuration.
         tags: Tags to add beside ours.
         adapter: What the adapter is loaded by.
-        training: How it was trained, instead of what the card says of it; that stays where this has nothing to show.
-
-    Raises:
-        ValueError: when the card cannot be read.
+        training: Replaces what the card says of the training, where this has something to show.
     """
     card, training = load_card(readme), training or TrainingMetadata()
     base = config.base_model_name_or_path
@@ -74,8 +67,8 @@ def complete(
         fence=max([*re.findall("`+", training.recipe or ""), "``"], key=len) + "`",
     )  # fmt: skip
     use, section = split(rendered, USE)[1], split(rendered, MARKS)[1]
-    _describe(card.data, config, {*listed(card.data.tags), *tags, *TAGS})
-    _describe_training(card.data, training, split(card.text, MARKS)[1] if section else "")
+    former = split(card.text, MARKS)[1] if section else ""
+    _describe(card.data, config, {*listed(card.data.tags), *tags, *TAGS}, training, former)
     if card.data.eval_results:
         # Axolotl names a model by the folder it writes to.
         name = card.data.model_name
@@ -101,18 +94,17 @@ def _put(section: str, marks: tuple[str, str], text: str, behind: str = "") -> s
     return text.replace(behind, f"{behind}\n\n{section}", 1) if behind else f"\n{section}\n\n{text.lstrip()}"
 
 
-def _describe(data: Any, config: SideTuningConfig, tags: set[str]) -> None:
-    """Put in the metadata what the Hub needs; it refuses a card whose base or data are a folder's."""
+def _describe(data: Any, config: SideTuningConfig, tags: set[str], training: TrainingMetadata, former: str) -> None:
+    """Put in the metadata what the Hub needs, and `training` in the place of what the section `former` came from.
+
+    The Hub refuses a card whose base or data are a folder's.
+    """
     data.library_name = "peft"
     data.pipeline_tag = data.pipeline_tag or TASKS.get(config.task_type or "", DEFAULT)[0]
     data.tags = sorted(tag for tag in tags if not tag.startswith(BASE_TAG) or is_hub_name(tag.removeprefix(BASE_TAG)))
     names = [name for name in (config.base_model_name_or_path, *listed(data.base_model)) if name and is_hub_name(name)]
     data.base_model = names[0] if names else None
     data.base_model_relation = "adapter" if data.base_model else None
-
-
-def _describe_training(data: Any, training: TrainingMetadata, former: str) -> None:
-    """Put the metadata of `training` in the place of those that the section `former` was written from."""
     datasets = [name for name in listed(data.datasets) if is_hub_name(name) and f"`{name}`" not in former]
     data.datasets = list(dict.fromkeys([*datasets, *training.datasets])) or None
     if training.language:
@@ -136,11 +128,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_card(readme: Path) -> Any:
-    """Read a card, or make a new one if there is none.
-
-    Raises:
-        ValueError: when it is a link, larger than any card, or its metadata cannot be read.
-    """
+    """Read a card, or make a new one; `ValueError` when it is a link, too large, or its metadata cannot be read."""
     if readme.is_symlink():
         raise ValueError(f"{readme} is a link, and what it points to is not read or changed; put a file in its place.")
     if not readme.exists():

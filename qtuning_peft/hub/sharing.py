@@ -1,7 +1,6 @@
 """Side adapters on the Hub: `qtuning push`, `qtuning pull` and `qtuning info`.
 
-What is shared is a folder as PEFT saves it, its card completed: configuration, weights in safetensors, and the
-tokenizer if it was saved beside them. Nothing else is uploaded or downloaded, such as optimizer states.
+Shared are configuration, weights in safetensors, the completed card and the tokenizer; nothing else.
 """
 
 from __future__ import annotations
@@ -33,26 +32,10 @@ LARGEST_CELL = 200
 
 
 def push(
-    folder: Path,
-    repo: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    message: str = "Upload side adapter",
-    training: TrainingMetadata | None = None,
-) -> str:
-    """Upload an adapter.
-
-    Args:
-        folder: Where it was saved.
-        repo: `user/name` on the Hub; made if it does not exist.
-        private: Whether a new repository is private.
-        revision: Branch to commit to, by default `main`.
-        message: Commit message.
-        training: What the card is to say of the training beside what it says.
-
-    Returns:
-        The address of the commit.
+    folder: Path, repo: str, *, private: bool = False, revision: str | None = None,
+    message: str = "Upload side adapter", training: TrainingMetadata | None = None,
+) -> str:  # fmt: skip
+    """Upload an adapter, its card completed by `training`, to `repo`, made if need be; returns the commit's address.
 
     Raises:
         ValueError: when the folder holds no side adapter, or its card cannot be completed.
@@ -81,12 +64,7 @@ def push(
 
 
 def pull(repo: str, folder: Path, revision: str | None = None) -> SideTuningConfig:
-    """Download an adapter into `folder`, which appears when all of it is there.
-
-    Args:
-        repo: `user/name` on the Hub.
-        folder: New, or empty.
-        revision: Branch, tag or commit.
+    """Download an adapter into a new or empty `folder`, which appears when all of it is there.
 
     Raises:
         ValueError: when the folder is not empty, or the repository holds no side adapter.
@@ -105,19 +83,13 @@ def pull(repo: str, folder: Path, revision: str | None = None) -> SideTuningConf
 
 
 def read_config(adapter: Path | str, name: str | None = None, revision: str | None = None) -> SideTuningConfig:
-    """The configuration of a side adapter in a folder or on the Hub.
-
-    Raises:
-        ValueError: when there is none.
-    """
+    """The configuration of a side adapter in a folder or on the Hub; `ValueError` when there is none."""
     try:
         config = PeftConfig.from_pretrained(os.fspath(adapter), **({"revision": revision} if revision else {}))
     except (LookupError, TypeError, AttributeError) as error:
         # These are PEFT's errors for a method that it does not know.
-        raise ValueError(
-            f"{name or adapter} has an {CONFIG_NAME} that this PEFT cannot read ({error!r:.200}); upgrade PEFT, or "
-            "name another adapter."
-        ) from error
+        message = f"has an {CONFIG_NAME} that this PEFT cannot read ({error!r:.200}); upgrade PEFT, or name another"
+        raise ValueError(f"{name or adapter} {message} adapter.") from error
     if not isinstance(config, SideTuningConfig):
         method = getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(f"{name or adapter} is an adapter of the method {method}, not a side network.")
@@ -125,11 +97,7 @@ def read_config(adapter: Path | str, name: str | None = None, revision: str | No
 
 
 def describe(adapter: str, revision: str | None = None) -> dict[str, str]:
-    """What is known of an adapter without its base: names and values as printable lines, in the order to show.
-
-    Args:
-        adapter: A folder, or `user/name` on the Hub.
-        revision: Branch, tag or commit, on the Hub.
+    """What is known of an adapter (a folder, or `user/name`) without its base: printable names and values, in order.
 
     Raises:
         ValueError: when there is no side adapter, or no weights of it.
