@@ -55,10 +55,10 @@ def test_a_sample_strategy_in_ten_lines(tmp_path: Path) -> None:
     block = read_block("eu_pruning", EUPruningBlock, {"sample_ratio": 0.5, "strategy": "shortest"})
     assert block.pruner(None).strategy == "shortest"
     option = EUPruningBlock.model_json_schema()["properties"]["strategy"]
-    assert "shortest: Fewest supervised tokens" in option["description"]
+    assert "shortest: fewest supervised tokens" in option["description"]
     assert option["enum"] == [*SAMPLE_STRATEGIES]
     for command in ("prune", "plot"):
-        assert "shortest: Fewest supervised tokens" in shown(command)
+        assert "shortest: fewest supervised tokens" in shown(command)
 
     scored.to_parquet(str(tmp_path / "scored.parquet"))
     command = ["prune", str(tmp_path / "scored.parquet"), "-o", str(tmp_path / "kept.jsonl")]
@@ -92,7 +92,7 @@ def test_a_score_is_computed_for_the_strategies_that_read_it() -> None:
     assert kept["input_ids"][:] == [data["input_ids"][i] for i in best]
     for row, index in zip(kept, best, strict=True):
         np.testing.assert_allclose(np.sort(row["token_margin"]), np.sort(scored["token_margin"][index])[-6:], atol=1e-6)
-    assert "margin: Log-probability of the likeliest token" in shown("score")
+    assert "margin: log-probability of the likeliest token" in shown("score")
 
 
 def test_names_that_are_taken_or_unknown_are_refused() -> None:
