@@ -1,4 +1,4 @@
-"""The loss in pieces equals the model's own, in value and gradient, and holds no logits."""
+"""The chunked loss equals the model's own, in value and gradient, and holds no logits."""
 
 from __future__ import annotations
 

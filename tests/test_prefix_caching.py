@@ -1,4 +1,4 @@
-"""What all rows begin with, computed once: loss and gradient are those of the whole rows, in every family."""
+"""The prompt prefix that rows share, computed once: loss and gradient are those of the whole rows, in every family."""
 
 from __future__ import annotations
 

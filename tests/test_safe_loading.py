@@ -1,4 +1,4 @@
-"""A stranger's adapter: whatever its files hold, it loads as data, or is refused whole and the model is as before."""
+"""An untrusted adapter: whatever its files hold, it loads as data, or is refused whole and the model is as before."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def base_then_peft(folder: Path) -> tuple[torch.nn.Module, Callable[[], object]]
 
 def beside_another(folder: Path) -> tuple[torch.nn.Module, Callable[[], object]]:
     model = side_tuned()
-    return model, lambda: model.load_adapter(folder, adapter_name="stranger")
+    return model, lambda: model.load_adapter(folder, adapter_name="untrusted")
 
 
 def base_then_transformers(folder: Path) -> tuple[torch.nn.Module, Callable[[], object]]:
@@ -90,7 +90,7 @@ def base_then_transformers(folder: Path) -> tuple[torch.nn.Module, Callable[[], 
 def beside_another_in_transformers(folder: Path) -> tuple[torch.nn.Module, Callable[[], object]]:
     base = tiny()
     base.add_adapter(SideTuningConfig(reduction_factor=4), adapter_name="own")
-    return base, lambda: base.load_adapter(str(folder), adapter_name="stranger")
+    return base, lambda: base.load_adapter(str(folder), adapter_name="untrusted")
 
 
 WAYS = (base_then_peft, beside_another, base_then_transformers, beside_another_in_transformers)
@@ -361,7 +361,7 @@ def test_a_head_beside_the_side_network(key: str, value: torch.Tensor | None, me
     model = base()
     for target, load in (
         (model, lambda: PeftModel.from_pretrained(model, tmp_path)),
-        (sound, lambda: sound.load_adapter(tmp_path, adapter_name="stranger")),
+        (sound, lambda: sound.load_adapter(tmp_path, adapter_name="untrusted")),
     ):
         before = snapshot(target)
         with pytest.raises(ValueError, match=message):
