@@ -143,10 +143,13 @@ def cache_states(model: nn.Module, budget: int) -> None:
 
 
 def _same_inputs(states: BaseStates, inputs: Mapping[str, Any]) -> bool:
-    # Some models count positions themselves before they call their decoder.
-    names = ["attention_mask"] + ["position_ids"] * (states.inputs.get("position_ids") is not None)
-    pairs = [(states.input_ids, inputs.get("input_ids")), *((states.inputs.get(n), inputs.get(n)) for n in names)]
-    return all(_same(recorded, given) for recorded, given in pairs)
+    positions = states.inputs.get("position_ids")
+    return (
+        _same(states.input_ids, inputs.get("input_ids"))
+        and _same(states.inputs.get("attention_mask"), inputs.get("attention_mask"))
+        # Some models count positions themselves before they call their decoder.
+        and (positions is None or _same(positions, inputs.get("position_ids")))
+    )
 
 
 def _same(first: Any, second: Any) -> bool:
