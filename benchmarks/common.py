@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qtuning_peft.demo.evaluate import load_base, quiet
-from qtuning_peft.demo.smollm2 import prepare_checkpoint
+from examples.json_extraction.evaluate import load_base, quiet
+from examples.json_extraction.smollm2 import prepare_checkpoint
 from qtuning_peft.hub.metadata import processor
 
 HERE = Path(__file__).parent

@@ -1,7 +1,5 @@
 """The two YAML blocks, `qst:` and `eu_pruning:`, the same in every trainer's recipe."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import Field as Option
 from dataclasses import fields
@@ -47,7 +45,7 @@ class QSTBlock(_AdapterOptions):
     """The block `qst`: a `SideTuningConfig`."""
 
     @model_validator(mode="after")
-    def _check(self) -> QSTBlock:
+    def _check(self) -> "QSTBlock":
         self.peft_config()
         return self
 
@@ -93,7 +91,7 @@ class EUPruningBlock(_PrunerOptions):
     )
 
     @model_validator(mode="after")
-    def _check(self) -> EUPruningBlock:
+    def _check(self) -> "EUPruningBlock":
         pruner = self.pruner(None)
         if self.mode == "dynamic":
             EUPruningCallback(pruner)

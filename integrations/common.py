@@ -1,7 +1,5 @@
 """What the integrations of TRL, Axolotl and ms-swift share: pruning before training, callbacks, LoRA's leftovers."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import importlib.util

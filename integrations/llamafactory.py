@@ -7,8 +7,6 @@ Commands:
                   of methods, but imports nobody's package, so it is started here
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -4,8 +4,6 @@ The harness loads an adapter with plain PEFT (`--model_args pretrained=BASE,peft
 nothing that registers QST. As a module this also runs under `accelerate launch -m`.
 """
 
-from __future__ import annotations
-
 import qtuning_peft  # noqa: F401  (registers QST with PEFT)
 
 

@@ -3,8 +3,6 @@
 A recipe may hold folders or tokens: the card shows only settings of an allow-list that look like no path or address.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import time

@@ -5,8 +5,6 @@ qtuning_peft.integrations.trl --config recipe.yaml`. In Python, `SFTTrainer(peft
 enough for side tuning; [`EUPruningSFTTrainer`] adds the pruning of what TRL has tokenized.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys

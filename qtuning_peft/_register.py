@@ -1,7 +1,5 @@
 """Register side tuning with PEFT: the method itself, what its files hold, and its model cards."""
 
-from __future__ import annotations
-
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.peft_types import register_peft_method
 

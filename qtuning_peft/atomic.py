@@ -1,7 +1,5 @@
 """Files and folders that appear, or are replaced, only when they are complete."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -6,8 +6,6 @@ are tokens that all rows share: training computes them once (see `states.prefix`
 template, so that whatever renders it (TRL, `generate`, a server) puts them there, and it is saved with the tokenizer.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -6,8 +6,6 @@ A vocabulary is wide, and most of the memory of a naive loss or score is logits 
 head as a function of hidden states never needs those of a whole batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy

@@ -1,7 +1,5 @@
 """Loading a model, or an adapter with its base, and its tokenizer, as the command line and the integrations do."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -7,8 +7,6 @@ Nothing in the head is trained, so a chunk's gradient can be taken at once, in t
 is saved for backward, d numbers a token instead of several times the vocabulary, and no logit is computed twice.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

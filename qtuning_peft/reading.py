@@ -4,8 +4,6 @@ Positions that nobody reads need no side network and no states: a base behind a 
 run over the prefix again.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

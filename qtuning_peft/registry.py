@@ -5,8 +5,6 @@ when they are asked, so that a choice which another package adds is known to all
 entry point group `qtuning_peft.extensions`, which names modules to import.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field

@@ -4,8 +4,6 @@ TRL and Axolotl bring a chunked loss of their own; the trainer is for those who 
 for any of them.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

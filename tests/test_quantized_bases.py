@@ -20,8 +20,8 @@ from transformers import (
 )
 from transformers.integrations.gguf.utils import GgufLinear
 
+from examples.json_extraction.smollm2 import FILE, gguf_folder
 from qtuning_peft import SideTuningConfig
-from qtuning_peft.demo.smollm2 import FILE, gguf_folder
 from qtuning_peft.loss import chunked_cross_entropy
 
 REPOSITORY = Path(__file__).parent.parent

@@ -1,7 +1,5 @@
 """What the plugin adds to Axolotl's configuration: two blocks, and what must not stand beside them."""
 
-from __future__ import annotations
-
 import importlib.util
 from typing import Any
 

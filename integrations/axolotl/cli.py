@@ -1,7 +1,5 @@
 """`axolotl qtuning-prune CONFIG`: score and prune ahead of training; `axolotl train` finds the scores."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

@@ -1,7 +1,5 @@
 """The hooks. Each returns at once unless one of our blocks is there: Axolotl calls them in every run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

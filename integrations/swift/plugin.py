@@ -8,8 +8,6 @@ Its parser has run before the plugin is imported, so that our blocks are keys of
 `eu_pruning` under `model_kwargs`, which also goes to `args.json` beside every checkpoint.
 """
 
-from __future__ import annotations
-
 import ast
 import os
 from pathlib import Path

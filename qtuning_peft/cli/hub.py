@@ -1,7 +1,5 @@
 """`qtuning push`, `pull` and `info`: adapters on the Hub."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`qtuning recipes list | show | copy`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

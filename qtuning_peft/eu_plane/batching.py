@@ -3,8 +3,6 @@
 The head runs on chunks of supervised positions, so the logits of a batch never exist at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

@@ -4,8 +4,6 @@ Data is scored in parts. A part's file is named by a hash of its rows, the model
 is complete: started again, scoring computes only what is not there, and the result is the same to the bit.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 from functools import partial

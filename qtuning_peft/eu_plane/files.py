@@ -1,7 +1,5 @@
 """Data sets as files: JSON lines, Parquet, or a folder that `Dataset.save_to_disk` wrote. The same come out."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

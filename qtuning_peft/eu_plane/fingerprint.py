@@ -3,8 +3,6 @@
 Finished parts are found again by it, so a change that it leaves out would find scores of something else.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import Any

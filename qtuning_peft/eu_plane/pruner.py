@@ -5,8 +5,6 @@ meet a budget (see `quadrants`). Tokens: the best share of every misconception (
 `EUScorer` wrote, so that pruning again with other ratios runs no model.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import warnings
@@ -107,7 +105,7 @@ class EUPruner:
         """Scores that its strategies read, for `EUScorer(scores=...)`."""
         return scores_of(SAMPLE_STRATEGIES[self.strategy].columns + TOKEN_STRATEGIES[self.token_strategy].columns)
 
-    def fit(self, scored: Data) -> EUPruner:
+    def fit(self, scored: Data) -> "EUPruner":
         """Find what divides the kept from the dropped in all of `scored`, which has the columns of `EUScorer`."""
         if getattr(scored, "column_names", None) and not hasattr(scored, "__len__"):
             raise ValueError(

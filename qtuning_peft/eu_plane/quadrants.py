@@ -15,8 +15,6 @@ shares below one half can be out of reach. Here what lies in neither square is k
 its uncertainty low. For small budgets `a` exceeds 1/2, and only the two far corners remain.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass

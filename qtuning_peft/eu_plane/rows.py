@@ -11,8 +11,6 @@ Conversations go through the model's chat template; a turn's tokens are those th
 token included, as in TRL. A packed row is taken apart: its samples never see each other.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -6,8 +6,6 @@ over the supervised positions T alone (Q-Tuning, arXiv 2509.23873; the paper's P
 there are is in `scores`.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise

@@ -8,8 +8,6 @@ one pass over the data; its mean is the row's score. A score of rows is a functi
 and may run passes of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property

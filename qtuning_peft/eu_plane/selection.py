@@ -7,8 +7,6 @@ their fate, so that it can be applied to any batch; where that makes the budget 
 `@SAMPLE_STRATEGIES.register("name")` on a class derived from `SampleStrategy`.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Sample strategies: the thresholds of the Error-Uncertainty plane of Q-Tuning, and priorities to compare with."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 Padding is taken away and packed samples are told apart, so that scores depend on neither.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise

@@ -6,8 +6,6 @@
 paper's text says "top", its purpose, "removing locally detrimental or noisy tokens", and the published code say lowest.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ With a side network the base's own scores are used: the base then runs once for 
 pass, and the training step takes its hidden states for the kept samples, the only ones the side network sees.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any

@@ -4,8 +4,6 @@ PEFT writes a card whenever an adapter is saved. `card.md.jinja` has the two sec
 the rest is its author's and stays, as does the section on training when saved again without `training_metadata`.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import re

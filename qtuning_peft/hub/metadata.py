@@ -1,7 +1,5 @@
 """How an adapter was trained, for its model card: what was done, what was measured, and on what machine."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

@@ -3,8 +3,6 @@
 Shared are configuration, weights in safetensors, the completed card and the tokenizer; nothing else.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import warnings

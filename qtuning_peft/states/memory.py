@@ -5,8 +5,6 @@ other: from the second on a step is the side network and the head. A row of n to
 bits for N taps, the embeddings and the final norm. Rows beyond the budget are computed every time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any

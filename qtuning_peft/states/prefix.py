@@ -9,8 +9,6 @@ of the whole rows, up to rounding. The prefix's own positions hold the base's hi
 training, by a loss that declares that none of them is read (see `reading`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

@@ -6,8 +6,6 @@ position-wise side network reads nothing but the base's states at its position: 
 and gradient, up to rounding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

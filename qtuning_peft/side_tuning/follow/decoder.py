@@ -5,8 +5,6 @@ Hidden states are tapped at the embeddings and behind every block, and the final
 mixture, so that every head and every fused loss downstream works on the mixture unchanged (QST, section 3).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

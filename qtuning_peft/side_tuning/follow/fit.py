@@ -12,8 +12,6 @@ A random orthonormal P keeps k/d of a hidden state's variance; these keep the mo
 frozen (QST, ACL 2024), so what is fitted once stays right for as long as training goes on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -36,7 +34,7 @@ class CenterFit:
         self.seen: list[Tensor] = []  # of every tap, (batch, length, d)
 
     @classmethod
-    def of(cls, network: SideNetwork) -> CenterFit | None:
+    def of(cls, network: SideNetwork) -> "CenterFit | None":
         """One for a training step of a network without centers, else `None`."""
         first = network.training and torch.is_grad_enabled() and network.lacks_centers()
         return cls(network) if first else None

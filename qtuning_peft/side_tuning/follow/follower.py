@@ -7,8 +7,6 @@ without autograd, which `Follower.run` switches off around its `forward`. Hooks 
 even an `always_call` one, when a pass ends in KeyboardInterrupt, and autograd would stay off in the process.
 """
 
-from __future__ import annotations
-
 import inspect
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -73,7 +71,7 @@ class Current(threading.local):
     # Instead of the host's listener.
     recorder: Listener | None = None
 
-    def __reduce__(self) -> tuple[type[Current], tuple[()]]:
+    def __reduce__(self) -> "tuple[type[Current], tuple[()]]":
         # A copied or pickled model is in no pass.
         return Current, ()
 

@@ -5,8 +5,6 @@ scoring a batch on the Error-Uncertainty plane, they serve the training step too
 Replaying them is calling a listener without a base.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -66,7 +64,7 @@ class BaseStates:
             listener.block(*recorded)
         return self._output_with(listener.end(self.normed))
 
-    def rows(self, chosen: Tensor) -> BaseStates:
+    def rows(self, chosen: Tensor) -> "BaseStates":
         """The states of the rows `chosen` (rows,), int64, alone."""
         batch = self.input_ids.shape[0]
         # Blocks share one mask and one pair of rotary tensors, and side blocks rely on that: each is indexed once.

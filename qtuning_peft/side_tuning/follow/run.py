@@ -1,7 +1,5 @@
 """The listener that runs the side network beside one pass of the base: on its device, in its dtype, step by step."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 

@@ -9,8 +9,6 @@ except for the eager one: with narrow heads, attention maps would be most of the
 appended behind the base's, of the kind of the base block that each one follows: generation needs no code of ours.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field

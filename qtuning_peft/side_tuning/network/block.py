@@ -5,8 +5,6 @@
 Without `side_attention` y = x: a hidden state of the base holds already what its attention has gathered.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN

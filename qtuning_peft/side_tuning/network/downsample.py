@@ -10,8 +10,6 @@
 The learned ones save h, d wide, for backward; the pooled ones save nothing, and the projection P h, k wide.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 

@@ -13,8 +13,6 @@ families (OPT) the roles of f and up(g) are exchanged; it does not start at the 
 no gates, and a linear map W of n(f) = f / rms(f), whose features are all there from the start (docs/quality.md).
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -8,8 +8,6 @@ center c is ours.) Each step runs as soon as its tap exists and keeps no referen
 only stays alive if a learned down-sampler needs it for backward.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch
@@ -142,7 +140,7 @@ class SideNetwork(nn.Module):
         )
         return not self._centered
 
-    def train(self, mode: bool = True) -> SideNetwork:
+    def train(self, mode: bool = True) -> "SideNetwork":
         """Enter or leave training mode; entering it brings trainable 16-bit weights back to float32.
 
         TRL casts every trainable parameter to bfloat16 on a 4-bit base. A gate of 0.5 in bfloat16 has steps of

@@ -5,8 +5,6 @@
 instead of 2 d in 16 bits. What enters the side network stays exact, dW does not.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 
@@ -27,7 +25,7 @@ class Quantized(NamedTuple):
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, states: Tensor, bits: int) -> Quantized:
+    def of(cls, states: Tensor, bits: int) -> "Quantized":
         """Quantize `states` (..., d) to 8 or 4 bits; two of 4 bits share a byte."""
         largest = 2 ** (bits - 1) - 1
         size = math.gcd(states.shape[-1], GROUP)

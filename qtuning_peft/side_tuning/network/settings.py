@@ -9,8 +9,6 @@ r the reduction factor and f_i, g_i the i-th block of the base and of the side n
 The defaults depart from the paper where that learned more in the same time (docs/quality.md).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, fields
 from reprlib import repr as short
 from typing import Any

@@ -1,7 +1,5 @@
 """What a side network takes over from its base: sizes, the kind of norm and MLP, and how it attends."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

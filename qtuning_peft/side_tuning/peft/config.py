@@ -1,7 +1,5 @@
 """A side network's settings as PEFT stores them in ``adapter_config.json``."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field
 from reprlib import repr as short
@@ -89,7 +87,7 @@ class SideTuningConfig(NetworkSettings, PeftConfig):
         super().__setattr__(name, value)
 
     @classmethod
-    def paper(cls, **options: Any) -> SideTuningConfig:
+    def paper(cls, **options: Any) -> "SideTuningConfig":
         """The side network as published (ACL 2024, section 3); `options` are fields that differ.
 
         Its output gate starts at one, so that nothing but that gate has a gradient in the first step.
@@ -98,7 +96,7 @@ class SideTuningConfig(NetworkSettings, PeftConfig):
         return cls(**{**published, "center_taps": False, "side_attention": True, "tap_every": 1, **options})
 
     @classmethod
-    def reference(cls, **options: Any) -> SideTuningConfig:
+    def reference(cls, **options: Any) -> "SideTuningConfig":
         """The side network as the authors' code computes it (there, with the base's number of heads); see `paper`."""
         return cls.paper(**{"downsample_norm": True, "mixing": "reference", **options})
 

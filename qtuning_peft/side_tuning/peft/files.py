@@ -4,8 +4,6 @@ In the model a side network's tensors are called ``<norm>.qst_side_network.<adap
 ``adapter_model.safetensors`` the adapter name is left out.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

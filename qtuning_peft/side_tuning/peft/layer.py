@@ -5,8 +5,6 @@ Its output is the norm's, mixed with that of the active side network, which list
 `enable_input_require_grads`, `prepare_model_for_kbit_training` and checkpointing of the base have no effect.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

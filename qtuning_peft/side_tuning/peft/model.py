@@ -6,8 +6,6 @@ The tuner targets one module, the decoder's final norm; `SideTuningLayer` takes 
 deleting and unloading adapters is PEFT's own machinery on that layer.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext

@@ -5,8 +5,6 @@ that are members of the `PeftType` enum, and has no entry point to add one. So o
 once, and everything after that is PEFT's own registry.
 """
 
-from __future__ import annotations
-
 from peft.utils.peft_types import PeftType
 
 NAME = "QST"

@@ -6,8 +6,6 @@ checks the weights there as a whole (`check_file`) before it attaches anything. 
 and values guard tensors on their way into a side network that exists already.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

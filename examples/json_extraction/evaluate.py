@@ -2,19 +2,19 @@
 
 Run as a program, it is the demo's proof that the saved adapter is all there is: a fresh process, plain PEFT, and
 
-    python -m qtuning_peft.demo.evaluate BASE ADAPTER
+    python -m examples.json_extraction.evaluate BASE ADAPTER
 """
-
-from __future__ import annotations
 
 import json
 import warnings
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import fmean as mean
 from typing import Any
 
 import torch
 import typer
+import yaml
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import track
@@ -22,10 +22,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DataCollatorForSeq2Seq
 from transformers.utils.logging import disable_progress_bar
 
-from ..eu_plane.rows import RowEncoder
-from ..loss import IGNORE_INDEX, chunked_cross_entropy
-from ..recipes import load as load_recipe
+from qtuning_peft.eu_plane.rows import RowEncoder
+from qtuning_peft.loss import IGNORE_INDEX, chunked_cross_entropy
+
 from .messages import draw_rows
+
+
+def load_recipe() -> dict[str, Any]:
+    """The settings in `recipe.yaml`."""
+    recipe: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("recipe.yaml").read_text(encoding="utf-8"))
+    return recipe
 
 
 @dataclass
@@ -100,10 +106,10 @@ def score(model: Any, tokenizer: Any, recipe: dict[str, Any], description: str) 
     return Score(total / tokens, mean(exact), mean(fields), answers)
 
 
-def main(base: str, adapter: str, recipe: str = "demo") -> None:
+def main(base: str, adapter: str) -> None:
     """Print, as a line of JSON, the score of the adapter in one folder on the base in another, loaded by plain PEFT."""
     quiet()
-    settings, tokenizer = load_recipe(recipe), AutoTokenizer.from_pretrained(base)
+    settings, tokenizer = load_recipe(), AutoTokenizer.from_pretrained(base)
     model = PeftModel.from_pretrained(load_base(base, settings["quantization"]), adapter)
     print(json.dumps(asdict(score(model, tokenizer, settings, "Evaluating the saved adapter"))))
 

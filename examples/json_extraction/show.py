@@ -1,7 +1,5 @@
 """The demo's figures and examples on the screen."""
 
-from __future__ import annotations
-
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
