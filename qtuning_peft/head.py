@@ -6,8 +6,7 @@ A vocabulary is wide, and most of the memory of a naive loss or score is logits 
 head as a function of hidden states never needs those of a whole batch.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import copy
 from typing import Any
 
@@ -48,38 +47,43 @@ def positions_at_once(base: Any, elements: int) -> int:
 def head_of(base: Any, output: Any) -> Callable[[Tensor], Tensor]:
     """The model behind its decoder as a function: hidden states (tokens, d) to logits (tokens, vocabulary).
 
-    Families scale or cap their logits behind the head, each in its own `forward`. So that `forward` is what runs, with
-    a decoder that hands out the given hidden states; `output` is what it returned for some input. The function raises a
-    `ValueError` when the model's `forward` does not go through its decoder.
+    Families scale or cap their logits behind the head, each in its own `forward`. So that `forward` is what runs, of a
+    copy that shares every weight and has, in the place of its decoder, one that hands out the given hidden states;
+    `output` is what the decoder returned for some input. The model itself is not touched: other threads may use it.
+    The function raises a `ValueError` when the model's `forward` does not go through its decoder.
     """
     decoder = base.get_decoder()
+    stand_in = _StandIn(output)
+    twin = _with(base, next(path for path, module in base.named_modules() if module is decoder), stand_in)
 
     def head(hidden_states: Tensor) -> Tensor:
-        result = copy(output)
-        result["last_hidden_state"] = hidden_states.unsqueeze(0)  # (1, tokens, d)
-        with _decoder_that_returns(decoder, result) as asked:
-            logits = base(input_ids=hidden_states.new_zeros((1, hidden_states.shape[0]), dtype=torch.long)).logits
-        if not asked:
+        stand_in.hidden_states = hidden_states.unsqueeze(0)  # (1, tokens, d)
+        logits: Tensor = twin(input_ids=hidden_states.new_zeros((1, hidden_states.shape[0]), dtype=torch.long)).logits
+        if stand_in.hidden_states is not None:
             raise ValueError(f"{type(base).__name__} does not call its decoder, so its head cannot run by itself.")
-        return logits.squeeze(0)
+        return logits.squeeze(0).to(hidden_states.device)
 
     return head
 
 
-@contextmanager
-def _decoder_that_returns(decoder: nn.Module, result: Any) -> Iterator[list[None]]:
-    replaced = vars(decoder).get("forward")
-    asked: list[None] = []
+class _StandIn(nn.Module):
+    """Returns `output` with other hidden states, (1, tokens, d), once."""
 
-    def hand_out(*args: Any, **kwargs: Any) -> Any:
-        asked.append(None)
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+        self.hidden_states: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        result = copy(self.output)
+        result["last_hidden_state"], self.hidden_states = self.hidden_states, None
         return result
 
-    decoder.forward = hand_out
-    try:
-        yield asked
-    finally:
-        if replaced is None:
-            del decoder.forward
-        else:
-            decoder.forward = replaced
+
+def _with(module: nn.Module, path: str, replacement: nn.Module) -> nn.Module:
+    """A copy of `module` that shares all but the submodule at `path`."""
+    twin, (name, _, rest) = copy(module), path.partition(".")
+    # Wrapped by others, it would be the original's.
+    vars(twin).pop("forward", None)
+    twin._modules = {**module._modules, name: _with(module._modules[name], rest, replacement) if rest else replacement}  # type: ignore[arg-type]
+    return twin

@@ -78,8 +78,8 @@ class NetworkSettings:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        for one in fields(NetworkSettings):
-            value, choices, least = getattr(self, one.name), one.metadata["choices"], one.metadata["least"]
+        for one in fields(self):
+            value, choices, least = getattr(self, one.name), one.metadata.get("choices"), one.metadata.get("least")
             if choices is not None:
                 choices.check(value)
             elif isinstance(one.default, bool):

@@ -1,14 +1,14 @@
 """A side network's settings as PEFT stores them in ``adapter_config.json``."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from reprlib import repr as short
 from typing import Any
 
 from peft import PeftConfig
 
 from ..network import NetworkSettings
-from ..network.settings import check_bool, check_integer
+from ..network.settings import setting
 from .peft_type import QST
 from .untrusted import Origin, check_names, check_text
 
@@ -20,41 +20,23 @@ class SideTuningConfig(NetworkSettings, PeftConfig):
     The settings of the side network are those of [`NetworkSettings`]; `SideTuningConfig.paper()` and
     `SideTuningConfig.reference()` are the publication and its authors' code.
 
-    Args:
-        target_modules (`list[str]`, *optional*):
-            Filled in with the path of the base's final norm, where the side network attaches.
-        modules_to_save (`list[str]`, *optional*):
-            Further modules to train and save, such as a classification head. They must lie behind the final norm:
-            no gradient ever reaches the base.
-        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
-            Present because trainers read it; must stay `None`, the embeddings are part of the frozen base.
-        base_hidden_size (`int`, *optional*), base_num_layers (`int`, *optional*):
-            Filled in from the base; an adapter is refused on a base of other dimensions.
-        tokenizer_fingerprint (`str`, *optional*):
-            Filled in where the base's tokenizer is known; an adapter warns beside another vocabulary.
-
     Raises:
         ValueError: when a value is out of its range or contradicts another, naming the field.
     """
 
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Filled in with the path of the base's final norm. Leave it unset."}
+    target_modules: list[str] | str | None = setting(  # noqa: RUF009 (makes a field)
+        None, "Filled in with the path of the base's final norm. Leave it unset."
     )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={"help": "Further modules to train and save, such as a classification head behind the final norm."},
+    modules_to_save: list[str] | None = setting(  # noqa: RUF009
+        None, "Further modules to train and save, such as a classification head behind the final norm."
     )
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Must stay unset: the embeddings are part of the frozen base."}
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = setting(  # noqa: RUF009
+        None, "Must stay unset: the embeddings are part of the frozen base."
     )
-    base_hidden_size: int | None = field(
-        default=None, metadata={"help": "Filled in: hidden size of the base the adapter belongs to."}
-    )
-    base_num_layers: int | None = field(
-        default=None, metadata={"help": "Filled in: number of blocks of the base the adapter belongs to."}
-    )
-    tokenizer_fingerprint: str | None = field(
-        default=None, metadata={"help": "Filled in: which vocabulary the adapter was trained with, where known."}
+    base_hidden_size: int | None = setting(None, "Filled in: the base's hidden size; refused beside another.", least=1)
+    base_num_layers: int | None = setting(None, "Filled in: its number of blocks; refused beside another.", least=1)
+    tokenizer_fingerprint: str | None = setting(
+        None, "Filled in: which vocabulary the adapter was trained with, where known; it warns beside another."
     )
 
     def __post_init__(self) -> None:
@@ -66,13 +48,9 @@ class SideTuningConfig(NetworkSettings, PeftConfig):
         self.peft_type = QST
         # It names a class for AutoPeftModel to import.
         self.auto_mapping = None
-        check_bool("inference_mode", self.inference_mode)
         if not isinstance(self.target_modules, str):
             check_names("target_modules", self.target_modules)
         check_names("modules_to_save", self.modules_to_save)
-        for name in ("base_hidden_size", "base_num_layers"):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), least=1)
         NetworkSettings.__post_init__(self)
         if self.trainable_token_indices is not None:
             raise ValueError(
