@@ -3,9 +3,11 @@
 The head runs on chunks of supervised positions, so the logits of a batch never exist at once.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -118,11 +120,24 @@ def right_padded(samples: Sequence[Sample], device: torch.device) -> tuple[Tenso
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Without dropout; every module gets its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    """Without dropout; when the last thread leaves, every module gets its own mode back."""
+    base = causal_model(model)
+    with _scoring_lock:
+        count, training = _scoring.get(base) or (0, [module for module in model.modules() if module.training])
+        _scoring[base] = count + 1, training
+        model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _scoring_lock:
+            count, training = _scoring.pop(base)
+            if count > 1:
+                _scoring[base] = count - 1, training
+            else:
+                for module in training:
+                    module.training = True
+
+
+# By model, how many threads score it, and which modules were in training mode before the first.
+_scoring: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
+_scoring_lock = threading.Lock()

@@ -105,10 +105,10 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
                 f"{len(stray)} parameters of the base, {stray[0]} first, are set to require a gradient, and none "
                 "reaches the base of a side network; freeze them, or unload() it before adding another adapter."
             )
-        side_networks_train = self.training
-        decoder.eval()
-        self.train(side_networks_train)
-        self.base_layer.eval()
+        # Not by `eval()`, which would take the side networks along, that another thread may be training.
+        own = {id(self), *map(id, self.qst_side_network.modules())}
+        for module in reversed([module for module in decoder.modules() if id(module) not in own]):
+            module.training = False
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Here, before any tensor of this layer is copied, on every way of loading.
