@@ -102,7 +102,7 @@ def convert_checkpoint(
     network.load_state_dict(tensors, assign=True)
     with replacing(output) as unfinished:
         model.save_pretrained(str(unfinished))
-    return adapter_config
+    return model.peft_config["default"]
 
 
 def _read(folder: Path, family: str) -> dict[Key, Tensor]:

@@ -10,6 +10,7 @@ training, by a loss that declares that none of them is read (see `reading`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,8 @@ class PromptPrefix:
         """A decoder's `output` for the rest of each row, with the prefix's `hidden_states` (1, P, d) in front."""
         rest = output.last_hidden_state  # (batch, rest, d)
         whole = torch.cat([hidden_states.to(rest).expand(rest.shape[0], -1, -1), rest], dim=1)
+        if whole.requires_grad:
+            whole.register_hook(partial(_refuse_reading, length=hidden_states.shape[1]))
         others = {name: output[name] for name in output if name not in ("last_hidden_state", "past_key_values")}
         return type(output)(last_hidden_state=whole, **others)
 
@@ -95,6 +98,14 @@ class PromptPrefix:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"input_ids": self.input_ids, "_computed": {}}
+
+
+def _refuse_reading(gradient: Tensor, length: int) -> None:
+    if gradient[:, :length].any():
+        raise RuntimeError(
+            "The loss reads positions of the prompt prefix, though labels say that it does not: their gradient would "
+            "be lost; leave out PrefixCachingCallback."
+        )
 
 
 def is_prefix(cache: Any) -> bool:

@@ -53,7 +53,8 @@ class CenterFit:
     def _set(self, gradient: Tensor) -> None:
         means = mean_where_read(self.seen, gradient) if self.network.lacks_centers() else None
         self.seen.clear()
-        if means is not None:
+        # One row of infinities would otherwise be in every center for good; the next step measures again.
+        if means is not None and bool(means.isfinite().all()):
             for tap, mean in zip(self.network.all_taps(), means, strict=True):
                 assert tap.center is not None
                 tap.center.copy_(mean)

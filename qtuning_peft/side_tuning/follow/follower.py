@@ -110,10 +110,11 @@ class Follower:
 
         Raises:
             RuntimeError: when the decoder ends without its final norm.
-            ValueError: when something else in the base wants a gradient.
+            ValueError: when something else, in the base or in front of it, wants a gradient.
         """
         current = self.current
         self.host.prepare_base(self.decoder)
+        _refuse_training_in_front(kwargs.get("inputs_embeds"))
         current.listener, current.outer_grad = listener, torch.is_grad_enabled()
         current.began = current.ended = False
         torch.set_grad_enabled(False)
@@ -211,6 +212,24 @@ def _by_name(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     names = _positional(type(block).forward)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     return given if args else {names[0]: given.pop(names[0]), **given}
+
+
+def _refuse_training_in_front(embeddings: Tensor | None) -> None:
+    """Check that no parameter behind `embeddings`, such as a projector's of pictures, waits for a gradient."""
+    if embeddings is None or embeddings.grad_fn is None or not torch.is_grad_enabled():
+        return
+    stack, seen = [embeddings.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack += [parent for parent, _ in node.next_functions if parent is not None]
+    found = sum(isinstance(getattr(node, "variable", None), nn.Parameter) for node in seen)
+    if found:
+        raise ValueError(
+            f"{found} parameters in front of the base's blocks require a gradient, and none reaches them through the "
+            "base; freeze them."
+        )
 
 
 def _refuse_replica(decoder: nn.Module, args: tuple[Any, ...]) -> None:

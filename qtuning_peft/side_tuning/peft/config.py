@@ -42,6 +42,8 @@ class SideTuningConfig(NetworkSettings, PeftConfig):
     def __post_init__(self) -> None:
         for name in ("base_model_name_or_path", "revision", "task_type", "peft_version", "tokenizer_fingerprint"):
             check_text(name, getattr(self, name))
+        if self.task_type == "SEQ_2_SEQ_LM":
+            raise ValueError("task_type is 'SEQ_2_SEQ_LM', but a side network needs a decoder; choose CAUSAL_LM.")
         PeftConfig.__post_init__(self)
         # Where this config was read, until its weights are in. No field: it is not saved.
         self.origin: Origin | None = None

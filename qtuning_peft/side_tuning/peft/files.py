@@ -5,6 +5,8 @@ In the model a side network's tensors are called ``<norm>.qst_side_network.<adap
 """
 
 import functools
+import warnings
+from contextlib import suppress
 from typing import Any
 
 import peft.functional
@@ -60,8 +62,14 @@ def save_the_adapter_alone() -> None:
         model: Any, state_dict: Any = None, adapter_name: str = "default", *args: Any, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
         ours = isinstance(model.peft_config.get(adapter_name), SideTuningConfig)
-        if ours and kwargs.get("save_embedding_layers", "auto") == "auto":
+        if ours:
+            if kwargs.get("save_embedding_layers", "auto") not in ("auto", False):
+                raise ValueError(
+                    "save_embedding_layers is True, but an adapter with tensors of the base is refused when it is "
+                    "loaded; leave it out, and save a base with new tokens by itself."
+                )
             kwargs["save_embedding_layers"] = False
+            _warn_of_resized_vocabulary(model, model.peft_config[adapter_name].base_model_name_or_path)
         if finds_names:
             return original(model, state_dict, adapter_name, *args, **kwargs)
         state_dict = model.state_dict() if state_dict is None else state_dict
@@ -73,6 +81,38 @@ def save_the_adapter_alone() -> None:
 
     for module in (peft, peft.functional, peft.peft_model, peft.utils, peft.utils.save_and_load):
         vars(module)[original.__name__] = get_peft_model_state_dict
+
+
+def _warn_of_resized_vocabulary(model: Any, name: str | None) -> None:
+    """Warn when the base's vocabulary is another than where it is loaded from; only this machine is looked at."""
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    actual = original = len(base.get_input_embeddings().weight)
+    with suppress(Exception):  # whatever a folder or a cache may hold instead
+        original = type(base.config).from_pretrained(name, local_files_only=True).get_text_config().vocab_size
+    if actual not in (0, original):  # none where the weights are sharded
+        warnings.warn(
+            f"The base's vocabulary has {actual} tokens, and {original} where it is loaded from; rows of added tokens "
+            "are not in the adapter: save the base too, and load the adapter on that.",
+            stacklevel=3,
+        )
+
+
+def refuse_pickles() -> None:
+    """Have PEFT refuse to save a side adapter as a pickle, which is never loaded."""
+    original = peft.PeftModel.save_pretrained
+
+    @functools.wraps(original)
+    def save_pretrained(
+        self: Any, save_directory: str, safe_serialization: bool = True, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not safe_serialization and any(isinstance(one, SideTuningConfig) for one in self.peft_config.values()):
+            raise ValueError(
+                "safe_serialization is False, but a side adapter is loaded from safetensors alone, as a pickle can "
+                "carry code; leave it out."
+            )
+        return original(self, save_directory, safe_serialization, *args, **kwargs)
+
+    setattr(peft.PeftModel, original.__name__, save_pretrained)
 
 
 def remember_origins() -> None:

@@ -105,6 +105,11 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
                 f"{len(stray)} parameters of the base, {stray[0]} first, are set to require a gradient, and none "
                 "reaches the base of a side network; freeze them, or unload() it before adding another adapter."
             )
+        for module in decoder.modules():
+            if (alpha := getattr(module, "neftune_noise_alpha", None)) is not None:
+                raise ValueError(
+                    f"neftune_noise_alpha is {alpha}, but the base of a side network runs without noise; leave it out."
+                )
         # Not by `eval()`, which would take the side networks along, that another thread may be training.
         own = {id(self), *map(id, self.qst_side_network.modules())}
         for module in reversed([module for module in decoder.modules() if id(module) not in own]):

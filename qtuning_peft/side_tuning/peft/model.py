@@ -8,13 +8,13 @@ deleting and unloading adapters is PEFT's own machinery on that layer.
 
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -27,9 +27,17 @@ from .config import SideTuningConfig
 from .files import check_adapter, without_adapter_name
 from .layer import MERGE_REFUSAL, SideTuningLayer
 from .peft_type import PREFIX
+from .refusals import (
+    PEFT_PREFIX,
+    modules_outside,
+    refuse_another_size,
+    refuse_other_adapters,
+    refuse_target_modules,
+    refuse_untrainable_modules,
+    warn_of_another_base,
+)  # fmt: skip
 from .untrusted import CONTAINER, check_file, tokenizer_fingerprint
 
-PEFT_PREFIX = "base_model.model."
 # Arguments of a causal model that its decoder does not have, or that its loss has no use for.
 NOT_THE_DECODERS = {"logits_to_keep", "return_dict", "use_cache"}
 
@@ -50,6 +58,8 @@ class SideTuningModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter, or leave the model as it was."""
+        # What is filled in below belongs to this base; the caller's own may serve another.
+        self.peft_config[adapter_name] = copy(self.peft_config[adapter_name])
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
@@ -60,12 +70,29 @@ class SideTuningModel(BaseTuner):
     def forward(self, *args: Any, chunked_loss: bool = False, **kwargs: Any) -> Any:
         """The model's own forward; with `chunked_loss` and `labels` their loss (see `loss`), without logits."""
         given = {name: value for name, value in kwargs.items() if value is not None}
+        _warn_of_input_gradient(given)
         if not chunked_loss or not {"input_ids", "labels"} <= given.keys() or not is_causal(self.model):
             with self._reading(given):
                 return super().forward(*args, **kwargs)
         num_items = given.pop("num_items_in_batch", None)
         inputs = {name: value for name, value in given.items() if name not in NOT_THE_DECODERS}
         return CausalLMOutputWithPast(loss=chunked_cross_entropy(self.model, num_items=num_items, **inputs))
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if (names := kwargs.get("adapter_names")) is not None:
+            raise ValueError(f"adapter_names is {names}; call set_adapter() and run one adapter at a time.")
+        _warn_of_input_gradient(kwargs)
+        yield
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        if not autocast_adapter_dtype:
+            warnings.warn(
+                "autocast_adapter_dtype is False, but a side network's weights are float32 beside any base; to compute "
+                "in another dtype, set compute_dtype.",
+                stacklevel=2,
+            )
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _reading(self, given: dict[str, Any]) -> AbstractContextManager[None]:
         if not self.training:
@@ -78,23 +105,13 @@ class SideTuningModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, SideTuningConfig)
-        self._refuse_other_adapters()
+        refuse_other_adapters(self.model, SideTuningLayer)
         decoder = find_decoder(self.model)
         shape = decoder.shape
-        for name, actual in (("base_hidden_size", shape.hidden_size), ("base_num_layers", shape.num_layers)):
-            recorded = getattr(peft_config, name)
-            if recorded not in (None, actual):
-                raise ValueError(
-                    f"{name} of the adapter is {recorded}, but this base has {actual}; load the base it was trained on"
-                    f"{f', {peft_config.base_model_name_or_path}' if peft_config.base_model_name_or_path else ''}."
-                )
-            setattr(peft_config, name, actual)
-        if peft_config.downsample_rank > shape.hidden_size:
-            raise ValueError(
-                f"downsample_rank is {peft_config.downsample_rank}, more than the base's hidden size of "
-                f"{shape.hidden_size}; choose a rank of at most that."
-            )
-        self._refuse_trainable_modules_in_base(peft_config, decoder)
+        refuse_another_size(peft_config, decoder)
+        peft_config.base_hidden_size, peft_config.base_num_layers = shape.hidden_size, shape.num_layers
+        refuse_target_modules(peft_config, decoder)
+        refuse_untrainable_modules(peft_config, self.model, decoder)
         # Recorded, so that an adapter stays what it is should the default ever change: no tensor's shape depends on it.
         peft_config.num_side_heads = peft_config.heads(shape)
         peft_config.target_modules = [decoder.norm_path]
@@ -105,31 +122,8 @@ class SideTuningModel(BaseTuner):
             peft_config.tokenizer_fingerprint = peft_config.tokenizer_fingerprint or vocabulary
         else:
             check_file(peft_config.origin.weights(), dict(self._tensors_in_a_file(peft_config, decoder)))
-            self._warn_of_another_base(peft_config, vocabulary)
+            warn_of_another_base(peft_config, self.model, vocabulary)
         return peft_config
-
-    def _warn_of_another_base(self, config: SideTuningConfig, vocabulary: str | None) -> None:
-        assert config.origin is not None
-        recorded, actual = config.base_model_name_or_path, getattr(self.model, "name_or_path", None)
-        if recorded and actual and recorded != actual:
-            warnings.warn(
-                f"The adapter was trained on {recorded} and is loaded on {actual}; unless these are the same weights, "
-                "load that base.",
-                stacklevel=2,
-            )
-        vocabularies = {
-            "recorded in the adapter": config.tokenizer_fingerprint,
-            "saved beside it": config.origin.tokenizer(),
-            "of the base": vocabulary,
-        }
-        known = {owner: fingerprint for owner, fingerprint in vocabularies.items() if fingerprint}
-        if len(set(known.values())) > 1:
-            warnings.warn(
-                "The tokenizers differ in their vocabulary: "
-                f"{', '.join(f'{fingerprint} {owner}' for owner, fingerprint in known.items())}; "
-                "use the tokenizer the adapter was trained with.",
-                stacklevel=2,
-            )
 
     def _tensors_in_a_file(self, config: SideTuningConfig, decoder: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and shapes of what an adapter of this configuration holds on disk."""
@@ -137,42 +131,10 @@ class SideTuningModel(BaseTuner):
             network = SideNetwork(config, decoder.shape)
         for key, tensor in network.state_dict().items():
             yield f"{PEFT_PREFIX}{decoder.norm_path}.{CONTAINER}.{key}", tensor
-        for path, module in self._modules_outside_decoder(decoder):
+        for path, module in modules_outside(self.model, decoder):
             if f"{PEFT_PREFIX}{path}".endswith(tuple(config.modules_to_save or ())):
                 for key, tensor in module.state_dict().items():
                     yield f"{PEFT_PREFIX}{path}.{key}", tensor
-
-    def _modules_outside_decoder(self, decoder: Decoder) -> list[tuple[str, nn.Module]]:
-        wrappers = {path: m for path, m in self.model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
-        return [
-            (path, wrappers[path].original_module if path in wrappers else module)
-            for path, module in self.model.named_modules()
-            if not _is_in_or_around(path, decoder.norm_path.rpartition(".")[0])
-            and not path.startswith(tuple(f"{wrapper}." for wrapper in wrappers))
-        ]
-
-    def _refuse_other_adapters(self) -> None:
-        tuned = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
-        others = {type(m).__name__ for m in tuned if not isinstance(m, SideTuningLayer)}
-        if others:
-            raise ValueError(
-                f"The base already carries another adapter ({', '.join(sorted(others))}), which no gradient would "
-                "reach; call merge_and_unload() or unload() first."
-            )
-
-    def _refuse_trainable_modules_in_base(self, config: SideTuningConfig, decoder: Decoder) -> None:
-        # As PEFT matches them: anything that ends so, even within a word.
-        outside = {path for path, _ in self._modules_outside_decoder(decoder)}
-        inside = [f"{PEFT_PREFIX}{path}".rstrip(".") for path, _ in self.model.named_modules() if path not in outside]
-        for name in config.modules_to_save or ():
-            if any(path.endswith(name) for path in inside):
-                raise ValueError(
-                    f"modules_to_save names {name}, part of the base, which no gradient reaches; only modules "
-                    "behind the final norm, such as a classification head, can be trained beside the side network."
-                )
-            # PEFT adds these two by itself for every classifier.
-            if name not in ("classifier", "score") and not any(f"{PEFT_PREFIX}{p}".endswith(name) for p in outside):
-                raise ValueError(f"modules_to_save names {name}, which this base does not have; leave it out.")
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
@@ -239,5 +201,6 @@ class SideTuningModel(BaseTuner):
         return remapped
 
 
-def _is_in_or_around(path: str, decoder: str) -> bool:
-    return not path or not decoder or f"{path}.".startswith(f"{decoder}.") or decoder.startswith(f"{path}.")
+def _warn_of_input_gradient(given: dict[str, Any]) -> None:
+    if torch.is_grad_enabled() and getattr(given.get("inputs_embeds"), "requires_grad", False):
+        warnings.warn("inputs_embeds requires a gradient, and none reaches it through the base.", stacklevel=3)
