@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
+import re
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.json_extraction.evaluate import load_base, quiet
 from examples.json_extraction.smollm2 import prepare_checkpoint
-from qtuning_peft.hub.metadata import processor
 
 HERE = Path(__file__).parent
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -43,6 +44,14 @@ def read_data(name: str) -> list[dict[str, Any]]:
     """The rows of a file of `data`."""
     lines = (HERE / "data" / name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+def processor() -> str:
+    """The CPU's name."""
+    with suppress(OSError):
+        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1]
+    return platform.processor() or platform.machine()
 
 
 def environment() -> dict[str, Any]:

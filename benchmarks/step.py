@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import bases, methods, rows
-from qtuning_peft.hub.metadata import peak_resident
+from qtuning_peft.hub.metadata import peak_memory
 from qtuning_peft.loss import IGNORE_INDEX, chunked_cross_entropy
 
 WARM_UP = 2
@@ -106,7 +106,7 @@ class Memory:
         if status.is_file():
             line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
             return {"peak_resident": int(line.split()[1]) * 1024}
-        return {"peak_resident": peak_resident() or 0}
+        return {"peak_resident": (peak_memory() or (0,))[0]}
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -6,7 +6,8 @@ A recipe may hold folders or tokens: the card shows only settings of an allow-li
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from importlib.metadata import version
 from statistics import fmean
 from typing import Any
 
@@ -15,43 +16,32 @@ from huggingface_hub import EvalResult
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from qtuning_peft.hub.metadata import TrainingMetadata, is_hub_name, machine, peak_memory, versions
+from qtuning_peft.hub.metadata import TrainingMetadata, is_hub_name, machine, peak_memory
 from qtuning_peft.side_tuning import SideTuningConfig
 
 from .blocks import EUPruningBlock, QSTTrainingBlock
 
-# The keys of TRL, then those of Axolotl that have another name.
-SHOWN = (
-    "model_name_or_path", "model_revision", "dtype", "attn_implementation", "load_in_4bit", "load_in_8bit",
-    "bnb_4bit_quant_type", "use_bnb_nested_quant", "dataset_name", "dataset_config", "dataset_train_split",
-    "dataset_test_split", "datasets", "test_split_size", "max_length", "packing", "packing_strategy", "padding_free",
-    "assistant_only_loss", "completion_only_loss", "loss_type", "learning_rate", "lr_scheduler_type", "warmup_ratio",
-    "warmup_steps", "weight_decay", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
-    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "gradient_checkpointing", "bf16", "fp16", "tf32", "seed", "data_seed", "neftune_noise_alpha",
-    "label_smoothing_factor", "shuffle_dataset", "qst", "eu_pruning", "base_model", "adapter", "test_datasets",
-    "val_set_size", "sequence_len", "sample_packing", "pad_to_sequence_len", "train_on_inputs", "lr_scheduler",
-    "optimizer", "num_epochs", "micro_batch_size",
-)  # fmt: skip
-DATA = ("path", "name", "split", "type", "ds_type", "fraction", "shards")
-SHOWN_INSIDE: dict[str, Iterable[str]] = {
-    "datasets": DATA,
-    "test_datasets": DATA,
-    "qst": QSTTrainingBlock.model_fields,
-    "eu_pruning": EUPruningBlock.model_fields.keys() - {"cache_path", "report_path"},
-}
+# Keys of TRL and of Axolotl, of an entry of `datasets`, and of our two blocks.
+SHOWN = {
+    "model_name_or_path", "model_revision", "base_model", "dtype", "attn_implementation", "load_in_4bit", "fraction",
+    "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "datasets", "test_datasets", "path",
+    "name", "split", "type", "load_in_8bit", "max_length", "sequence_len", "packing", "sample_packing", "padding_free",
+    "assistant_only_loss", "completion_only_loss", "train_on_inputs", "loss_type", "learning_rate", "lr_scheduler_type",
+    "lr_scheduler", "warmup_ratio", "warmup_steps", "weight_decay", "optim", "optimizer", "max_grad_norm", "num_epochs",
+    "num_train_epochs", "max_steps", "per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps",
+    "gradient_checkpointing", "bf16", "fp16", "seed", "qst", "eu_pruning",
+}  # fmt: skip
+SHOWN |= (QSTTrainingBlock.model_fields.keys() | EUPruningBlock.model_fields.keys()) - {"cache_path", "report_path"}
 PATH = re.compile(r"""(^|[\s"'=:,(\[])(~|/|\.\.?[/\\]|\\\\|[A-Za-z]:[/\\])|://|@""")
-# Builders of `datasets` that read files.
-BUILDERS = {"arrow", "csv", "json", "parquet", "text", "webdataset", "xml"}
 
 
-def shown(value: Any, keys: Iterable[str] = SHOWN) -> Any:
-    """What a card may show of a trainer's recipe (or one value of it): `keys`, without paths, addresses and secrets."""
+def shown(value: Any) -> Any:
+    """What a card may show of a trainer's recipe, or one value of it: `SHOWN` without paths, addresses and secrets."""
     if isinstance(value, Mapping):
-        found = {key: shown(value.get(key), SHOWN_INSIDE.get(key, ())) for key in keys}
+        found = {key: shown(each) for key, each in value.items() if key in SHOWN}
         return {key: left for key, left in found.items() if left not in (None, {}, [])}
     if isinstance(value, list | tuple):
-        return [left for left in (shown(entry, keys) for entry in value) if left not in (None, {})]
+        return [left for left in map(shown, value) if left not in (None, {})]
     if isinstance(value, str):
         value = str(getattr(value, "value", value))
         # A single word is a name, also where something in this folder has it.
@@ -61,11 +51,10 @@ def shown(value: Any, keys: Iterable[str] = SHOWN) -> Any:
 
 
 def datasets_on_the_hub(entries: Any) -> tuple[str, ...]:
-    """Names of data sets that can be on the Hub, of a name or entries with a `path`; those in files are left out."""
+    """Those `user/name` that can be on the Hub, of a name or entries with a `path`; files are left out."""
     listed = entries if isinstance(entries, list | tuple) else [entries]
     names = [entry.get("path") if isinstance(entry, Mapping) else entry for entry in listed]
-    known = (name for name in names if isinstance(name, str) and name not in BUILDERS and is_hub_name(name))
-    return tuple(dict.fromkeys(known))
+    return tuple(dict.fromkeys(name for name in names if isinstance(name, str) and "/" in name and is_hub_name(name)))
 
 
 class TrainingMetadataCallback(TrainerCallback):
@@ -75,10 +64,10 @@ class TrainingMetadataCallback(TrainerCallback):
 
     Args:
         model: Whose card it is.
-        recipe: Of which the card shows what [`shown`] leaves.
+        recipe: Of which the card shows what `shown` leaves.
         pruning: How the training data were pruned; `None` that they were not.
         datasets: Names on the Hub of the training data.
-        evaluated_on: Name on the Hub of the data that the trainer evaluates on, if it has one, and its split.
+        evaluated_on: Name on the Hub, and split, of the data that the trainer evaluates on.
     """
 
     def __init__(
@@ -104,13 +93,16 @@ class TrainingMetadataCallback(TrainerCallback):
         evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
         first = [entry for entry in evaluations[:1] if entry["step"] == 0]
         final = [entry for entry in evaluations if entry["step"] and best in (None, entry["step"])][-1:]
+        pruned = [(log["kept_samples"], log["kept_tokens"]) for log in state.log_history if "kept_samples" in log]
+        every_batch = "every batch while training, which kept {:.0%} of its samples and {:.0%} of its supervised tokens"
         self.model.training_metadata = TrainingMetadata(
-            recipe=self.recipe,
-            pruning=_pruned_in_batches(state.log_history) or self.pruning,
+            recipe=self.recipe, datasets=self.datasets,
+            pruning=every_batch.format(*map(fmean, zip(*pruned, strict=True))) if pruned else self.pruning,
             results=tuple(self._result(entry, state.global_step) for entry in first + final),
-            datasets=self.datasets, steps=state.global_step, loss=last.get("loss"),
+            steps=state.global_step, loss=last.get("loss"), resumed_at=self.first_step or None,
             seconds=last.get("train_runtime", time.perf_counter() - self.began if self.began else None),
-            resumed_at=self.first_step or None, peak_memory=peak_memory(), machine=machine(), versions=versions(),
+            peak_memory=peak_memory(), machine=machine(),
+            versions=", ".join(f"{name} {version(name)}" for name in ("qtuning-peft", "peft", "transformers", "torch")),
         )  # fmt: skip
 
     def _result(self, entry: Mapping[str, Any], steps: int) -> EvalResult:
@@ -120,15 +112,6 @@ class TrainingMetadataCallback(TrainerCallback):
             task_type="text-generation", dataset_type=name or "unpublished", dataset_name=name or "unpublished rows",
             dataset_split=split, metric_type="loss", metric_name=metric, metric_value=round(entry["eval_loss"], 4),
         )  # fmt: skip
-
-
-def _pruned_in_batches(history: list[dict[str, Any]]) -> str | None:
-    if not (logs := [entry for entry in history if "kept_samples" in entry]):
-        return None
-    samples, tokens = (fmean(entry[key] for entry in logs) for key in ("kept_samples", "kept_tokens"))
-    return (
-        f"every batch while training, which kept {samples:.0%} of its samples and {tokens:.0%} of its supervised tokens"
-    )
 
 
 def is_side_tuned(model: Any) -> bool:

@@ -16,11 +16,11 @@ from typer.testing import CliRunner, Result
 
 from qtuning_peft import SideTuningConfig
 from qtuning_peft.cli import app
-from qtuning_peft.hub import metadata, sharing
-from qtuning_peft.hub.card import USE, complete
+from qtuning_peft.hub import sharing
+from qtuning_peft.hub.card import MARKS, OURS, complete
 from qtuning_peft.hub.metadata import TrainingMetadata
 
-BEGIN, END = metadata.MARKS
+BEGIN, END = MARKS
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ CARDS = {
     "Norwegian": "---\nlanguage: [no, en]\nlicense: 2020-01-01\n---\n",
     "itself": "---\ndatasets: &x [*x]\n---\n",
     "a result without a name": f"---\nmodel-index: {json.dumps([{'name': ['x'], 'results': [RESULT]}])}\n---\n",
-    "beginnings without an end": "---\nlicense: mit\n---\n" + USE[0] * 30_000,
+    "beginnings without an end": "---\nlicense: mit\n---\n" + OURS[0] * 30_000,
     "a table for patterns": f"---\na: b\n---\n{BEGIN}\n" + ("| a " + " | x" * 5000 + "\n") * 60 + END,
     "a long table": f"---\nlicense: mit\n---\n{BEGIN}\n" + "| a | b |\n" * 50_000 + END,
     "too large": "x" * 2**23,

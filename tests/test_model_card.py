@@ -122,14 +122,13 @@ def test_how_it_was_trained_is_told_once_and_stays(model: PeftModel, tmp_path: P
     assert (shown["training data"], shown["loss on org/data, test"], shown["licence"]) == ("org/data", "1.25", "mit")
 
 
-def test_new_training_metadata_replace_old_ones_and_nothing_of_the_author(model: PeftModel, tmp_path: Path) -> None:
+def test_new_training_metadata_replace_what_they_state_and_nothing_else(model: PeftModel, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     config = model.active_peft_config
     complete(readme, config, training=METADATA)
     card = ModelCard.load(readme)
     card.text = "# My poems\n" + card.text + "\n## Thanks\n"
     card.data.datasets += ["org/mine"]
-    card.data.eval_results += [loss(0.5, "org/mine")]
     card.save(readme)
 
     complete(readme, config, training=TrainingMetadata(pruning="none", results=(loss(1.0),), steps=9))
@@ -139,19 +138,18 @@ def test_new_training_metadata_replace_old_ones_and_nothing_of_the_author(model:
     assert "| steps | 8 |" not in card.text
     assert "# My poems" in card.text
     assert "## Thanks" in card.text
-    assert card.data.datasets == ["org/mine"]
-    assert card.data.eval_results == [loss(0.5, "org/mine"), loss(1.0)]
+    assert card.data.datasets == ["org/data", "org/mine"]
+    assert card.data.eval_results == [loss(1.0)]
     assert (card.data.language, card.data.license) == (["en"], "mit")
 
-    # Another evaluation takes the place of the old one, whose row goes; metadata alone change no text.
+    # Metadata alone change no text.
     complete(readme, config, training=TrainingMetadata(results=(loss(2.0, "org/other"),)))
     text = ModelCard.load(readme).text
-    assert ModelCard.load(readme).data.eval_results == [loss(0.5, "org/mine"), loss(2.0, "org/other")]
+    assert ModelCard.load(readme).data.eval_results == [loss(2.0, "org/other")]
     complete(readme, config, training=TrainingMetadata(datasets=("org/more",), language=("de",), license="apache-2.0"))
     card = ModelCard.load(readme)
     assert card.text == text
-    assert card.data.datasets == ["org/mine", "org/more"]
-    assert (card.data.language, card.data.license) == (["en", "de"], "apache-2.0")
+    assert (card.data.datasets, card.data.language, card.data.license) == (["org/more"], ["de"], "apache-2.0")
 
 
 def test_the_limits_are_always_said(model: PeftModel, tmp_path: Path) -> None:

@@ -8,12 +8,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..hub import sharing
+from ..hub.metadata import TrainingMetadata
 from .data import console, one_sentence, printable
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapter; new, or empty.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 
 
+@one_sentence()
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
     repo: Annotated[str, typer.Argument(help="user/name on the Hub; made if it does not exist.")],
@@ -25,35 +28,27 @@ def push(
     license: Annotated[str | None, typer.Option(help="The adapter's licence on the Hub, as apache-2.0.")] = None,
 ) -> None:
     """Upload an adapter to the Hub: its configuration, weights, card and tokenizer, and nothing else."""
-    with one_sentence():
-        from ..hub.metadata import TrainingMetadata
-        from ..hub.sharing import push as upload
-
-        known = TrainingMetadata(datasets=tuple(dataset or ()), language=tuple(language or ()), license=license)
-        address = upload(folder, repo, private=private, revision=revision, message=message, training=known)
-        console.print(printable(address), highlight=False)
+    known = TrainingMetadata(datasets=tuple(dataset or ()), language=tuple(language or ()), license=license)
+    address = sharing.push(folder, repo, private=private, revision=revision, message=message, training=known)
+    console.print(printable(address), highlight=False)
 
 
+@one_sentence()
 def pull(
     repo: Annotated[str, typer.Argument(help="user/name on the Hub.")], output: Output, revision: Revision = None
 ) -> None:
     """Download an adapter from the Hub. Loading by its name needs no pull; this is for a copy of your own."""
-    with one_sentence():
-        from ..hub.sharing import pull as download
-
-        config = download(repo, output, revision)
-        console.print(printable(f"a side network for {config.base_model_name_or_path}: {output}"), highlight=False)
+    config = sharing.pull(repo, output, revision)
+    console.print(printable(f"a side network for {config.base_model_name_or_path}: {output}"), highlight=False)
 
 
+@one_sentence()
 def info(
     adapter: Annotated[str, typer.Argument(help="Folder of an adapter, or user/name on the Hub.")],
     revision: Revision = None,
 ) -> None:
     """Show what an adapter is: its base, settings, size and gates, and what its card says of data and results."""
-    with one_sentence():
-        from ..hub.sharing import describe
-
-        table = Table(box=None, show_header=False, pad_edge=False)
-        for known in describe(adapter, revision).items():
-            table.add_row(*map(Text, known))
-        Console().print(table, highlight=False)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for known in sharing.describe(adapter, revision).items():
+        table.add_row(*map(Text, known))
+    Console().print(table, highlight=False)

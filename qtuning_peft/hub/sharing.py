@@ -3,12 +3,11 @@
 Shared are configuration, weights in safetensors, the completed card and the tokenizer; nothing else.
 """
 
-import os
+import re
 import shutil
 import warnings
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from peft import PeftConfig
@@ -17,29 +16,23 @@ from safetensors import safe_open
 
 from ..atomic import replacing
 from ..side_tuning import SideTuningConfig
-from .card import complete, listed, load_card, settings_of
-from .metadata import TrainingMetadata, cells_of, is_hub_name, read_rows
+from .card import MARKS, complete, data_of, listed, load_card, settings_of, split
+from .metadata import ROWS, TrainingMetadata, is_hub_name
 
 SHARED = [
     "README.md", CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "chat_template.jinja", "special_tokens_map.json",
     # Not `tokenizer*`: the Hub's patterns reach into folders, and a pickle may be called anything.
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 ]  # fmt: skip
-LARGEST_LIST = 16
-LARGEST_CELL = 200
+LARGEST_LIST, LARGEST_CELL = 16, 200
 
 
 def push(
     folder: Path, repo: str, *, private: bool = False, revision: str | None = None,
     message: str = "Upload side adapter", training: TrainingMetadata | None = None,
 ) -> str:  # fmt: skip
-    """Upload an adapter, its card completed by `training`, to `repo`, made if need be; returns the commit's address.
-
-    Raises:
-        ValueError: when the folder holds no side adapter, or its card cannot be completed.
-    """
+    """Upload an adapter, its card completed by `training`, to `repo`, made if need be; returns the commit's address."""
     config = read_config(folder)
-    _check_has(folder, SAFETENSORS_WEIGHTS_NAME, folder)
     for name in training.datasets if training else ():
         if not is_hub_name(name):
             raise ValueError(f"{name} is no data set's name on the Hub, or a folder here; give it as user/name.")
@@ -56,94 +49,68 @@ def push(
     if revision is not None:
         api.create_branch(repo, branch=revision, exist_ok=True)
     commit = api.upload_folder(
-        repo_id=repo, folder_path=folder, revision=revision, allow_patterns=SHARED, commit_message=message
+        repo_id=repo, folder_path=folder, revision=revision, commit_message=message, allow_patterns=SHARED
     )  # fmt: skip
     return str(commit.commit_url)
 
 
 def pull(repo: str, folder: Path, revision: str | None = None) -> SideTuningConfig:
-    """Download an adapter into a new or empty `folder`, which appears when all of it is there.
-
-    Raises:
-        ValueError: when the folder is not empty, or the repository holds no side adapter.
-    """
+    """Download an adapter into a new or empty `folder`, which appears when all of it is there."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty; name another folder.")
     with replacing(folder) as unfinished:
         snapshot_download(repo, revision=revision, local_dir=unfinished, allow_patterns=SHARED)
         shutil.rmtree(unfinished / ".cache", ignore_errors=True)
-        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-            _check_has(unfinished, name, repo)
-        config = read_config(unfinished, repo)
-        if folder.is_dir():
-            folder.rmdir()
-    return config
+        return read_config(unfinished, repo)
 
 
-def read_config(adapter: Path | str, name: str | None = None, revision: str | None = None) -> SideTuningConfig:
-    """The configuration of a side adapter in a folder or on the Hub; `ValueError` when there is none."""
+def read_config(folder: Path, name: str | None = None) -> SideTuningConfig:
+    """The configuration of a side adapter in a folder; `ValueError` when that (called `name`) is none."""
+    name = name or str(folder)
+    for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        if not (folder / file).is_file():
+            raise ValueError(f"{name} has no {file}, so it is no adapter that can be loaded; save or name another.")
     try:
-        config = PeftConfig.from_pretrained(os.fspath(adapter), **({"revision": revision} if revision else {}))
+        config = PeftConfig.from_pretrained(str(folder))
     except (LookupError, TypeError, AttributeError) as error:
         # These are PEFT's errors for a method that it does not know.
-        message = f"has an {CONFIG_NAME} that this PEFT cannot read ({error!r:.200}); upgrade PEFT, or name another"
-        raise ValueError(f"{name or adapter} {message} adapter.") from error
+        raise ValueError(f"{name} has an {CONFIG_NAME} of an unknown method ({error!r:.200}); upgrade PEFT.") from error
     if not isinstance(config, SideTuningConfig):
         method = getattr(config.peft_type, "value", config.peft_type)
-        raise ValueError(f"{name or adapter} is an adapter of the method {method}, not a side network.")
+        raise ValueError(f"{name} is an adapter of the method {method}, not a side network.")
     return config
 
 
 def describe(adapter: str, revision: str | None = None) -> dict[str, str]:
-    """What is known of an adapter (a folder, or `user/name`) without its base: printable names and values, in order.
-
-    Raises:
-        ValueError: when there is no side adapter, or no weights of it.
-    """
-    config = read_config(adapter, revision=revision)
+    """What is known of an adapter (a folder, or `user/name`) without its base: printable names and values, in order."""
     folder = Path(adapter)
     if not folder.is_dir():
         folder = Path(snapshot_download(adapter, revision=revision, allow_patterns=SHARED))
-    _check_has(folder, SAFETENSORS_WEIGHTS_NAME, adapter)
-    file = folder / SAFETENSORS_WEIGHTS_NAME
+    config, file = read_config(folder, adapter), folder / SAFETENSORS_WEIGHTS_NAME
     with safe_open(file, framework="pt") as tensors:
         keys = list(tensors.keys())
         parameters = sum(prod(tensors.get_slice(key).get_shape()) for key in keys)
         gates = [tensors.get_tensor(key).float().sigmoid().mean().item() for key in keys if ".gate" in key]
-    revision = f" at {config.revision}" if config.revision else ""
-    known = {
-        "base model": f"{config.base_model_name_or_path}{revision}",
-        **{name: str(value) for name, value in settings_of(config).items()},
-        "parameters": f"{parameters:,}",
-        "size": f"{file.stat().st_size / 2**20:.1f} MiB",
-    }
+    known = {"base model": f"{config.base_model_name_or_path}{f' at {config.revision}' if config.revision else ''}"}
+    known |= {name: str(value) for name, value in settings_of(config).items()}
+    known |= {"parameters": f"{parameters:,}", "size": f"{file.stat().st_size / 2**20:.1f} MiB"}
     if gates:
         mean = sum(gates) / len(gates)
         known["input gates"] = f"{mean:.2f} of the side network's own state ({min(gates):.2f} to {max(gates):.2f})"
     try:
         # In the Hub's cache it is a link.
-        known |= _of_card(load_card(Path(os.path.realpath(folder / "README.md"))))
+        card = load_card((folder / "README.md").resolve())
+        # Under names that no figure of ours has.
+        said = {"training data": card.data.datasets, "language": card.data.language, "licence": card.data.license}
+        known |= {name: ", ".join(listed(value)[:LARGEST_LIST]) for name, value in said.items() if value}
+        for result in (card.data.eval_results or [])[:LARGEST_LIST]:
+            known[f"{result.metric_name or result.metric_type} on {data_of(result)}"] = str(result.metric_value)
+        rows = dict(re.findall(r"^\| (\w[\w ]{,30}) \| (.*) \|$", split(card.text, MARKS)[1], re.MULTILINE))
+        known |= {name: rows[name].replace("\\|", "|") for name in ROWS if name in rows}
     except ValueError as error:
         known["card"] = f"cannot be shown: {error}"
     return {_line(name): _line(value) for name, value in known.items()}
 
 
-def _of_card(card: Any) -> dict[str, str]:
-    """What an untrusted card says, under names that no figure of ours has."""
-    data = card.data
-    said = {"training data": data.datasets, "language": data.language, "licence": data.license}
-    results = map(cells_of, (data.eval_results or [])[:LARGEST_LIST])
-    return {
-        **{name: ", ".join(listed(value)[:LARGEST_LIST]) for name, value in said.items() if value},
-        **{f"{metric} on {dataset}": value for dataset, metric, value in results},
-        **read_rows(card.text),
-    }
-
-
 def _line(text: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text[:LARGEST_CELL])
-
-
-def _check_has(folder: Path, name: str, adapter: object) -> None:
-    if not (folder / name).is_file():
-        raise ValueError(f"{adapter} has no {name}, so it is no adapter that can be loaded; save or name another.")
