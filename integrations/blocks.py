@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from dataclasses import Field as Option
 from dataclasses import fields
+from difflib import get_close_matches
 from functools import partial
 from typing import Any, Literal, TypeVar, get_type_hints
 
@@ -123,6 +124,8 @@ def read_block(name: str, kind: type[Block], content: Any) -> Block:
         found = error.errors()[0]
         where = ".".join([name, *map(str, found["loc"])])
         if found["type"] == "extra_forbidden":
-            raise ValueError(f"{where} is no field; choose from {', '.join(kind.model_fields)}.") from None
+            meant = get_close_matches(str(found["loc"][-1]), kind.model_fields, 1)
+            remedy = f"did you mean {meant[0]}?" if meant else f"choose from {', '.join(kind.model_fields)}."
+            raise ValueError(f"{where} is no field; {remedy}") from None
         cause = str(found.get("ctx", {}).get("error", "")) or f"{found['msg']}, not {found['input']!r}."
         raise ValueError(f"{where}: {cause}") from None

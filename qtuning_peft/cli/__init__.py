@@ -1,5 +1,10 @@
 """The command ``qtuning``."""
 
+import platform
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
 import typer
 from rich.console import Console
 
@@ -11,9 +16,39 @@ app = typer.Typer(name="qtuning", no_args_is_help=True, add_completion=False, pr
 console = Console()
 
 
+PACKAGES = (
+    "qtuning-peft", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors",
+    "huggingface_hub", "trl", "axolotl", "ms-swift", "llamafactory",
+)  # fmt: skip
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qtuning-peft {version('qtuning-peft')}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
     """Fine-tune a quantized language model for about the price of reading the data once."""
+
+
+@app.command()
+def env() -> None:
+    """Print versions and devices, for a bug report."""
+    import torch
+
+    from ..hub.metadata import machine
+
+    known = {"python": platform.python_version(), "system": platform.platform()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            known[name] = version(name)
+    known["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else machine()
+    for name, value in known.items():
+        typer.echo(f"{name:16} {value}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)

@@ -38,7 +38,7 @@ class HiddenStateCache:
         lengths = [length] * len(input_ids) if mask is None else mask[:, -length:].sum(1).tolist()
         tokens = input_ids.to("cpu", torch.int64).numpy()
         # The same tokens behind the prompt prefix are not the same row.
-        behind = b"+" if is_prefix(inputs.get("past_key_values")) else b""
+        behind = b"+" if is_prefix(inputs) else b""
         keys = [behind + row[:own].tobytes() for row, own in zip(tokens, lengths, strict=True)]
         if self._like is not None and all(key in self._rows for key in keys):
             return self._padded(self._like, [self._rows[key] for key in keys], input_ids)

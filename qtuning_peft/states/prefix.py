@@ -9,6 +9,7 @@ of the whole rows, up to rounding. The prefix's own positions hold the base's hi
 training, by a loss that declares that none of them is read (see `reading`).
 """
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from ..side_tuning.follow import Follower
 
 # Columns that say which tokens are supervised, and the value of one that is not.
 SUPERVISION = {"labels": IGNORE_INDEX, "completion_mask": 0, "assistant_masks": 0}
+CACHE_NAMES = ("cache", "past_key_values")
 # Fewer tokens than this are not worth a concatenation in every block.
 SHORTEST = 16
 
@@ -72,7 +74,7 @@ class PromptPrefix:
         cache, hidden_states = self._states(follower, input_ids.device)
         given = {name: inputs.get(name) for name in ("input_ids", "position_ids")}
         rest = {name: value[:, len(self.input_ids) :] for name, value in given.items() if value is not None}
-        return {**inputs, **rest, "past_key_values": cache}, hidden_states
+        return {**inputs, **rest, cache_name(follower): cache}, hidden_states
 
     @staticmethod
     def put_back(hidden_states: Tensor, output: Any) -> Any:
@@ -81,7 +83,7 @@ class PromptPrefix:
         whole = torch.cat([hidden_states.to(rest).expand(rest.shape[0], -1, -1), rest], dim=1)
         if whole.requires_grad:
             whole.register_hook(partial(_refuse_reading, length=hidden_states.shape[1]))
-        others = {name: output[name] for name in output if name not in ("last_hidden_state", "past_key_values")}
+        others = {name: output[name] for name in output if name not in ("last_hidden_state", *CACHE_NAMES)}
         return type(output)(last_hidden_state=whole, **others)
 
     @torch.no_grad()
@@ -91,7 +93,7 @@ class PromptPrefix:
         if place not in self._computed:
             input_ids = self.input_ids[None].to(device)  # (1, P)
             cache = DynamicCache()
-            output = follower.run(None, input_ids=input_ids, past_key_values=cache, use_cache=True)
+            output = follower.run(None, input_ids=input_ids, use_cache=True, **{cache_name(follower): cache})
             cache = Cache(layers=[PrefixLayer(filled) for filled in cache.layers])
             self._computed[place] = cache, output.last_hidden_state
         return self._computed[place]
@@ -108,8 +110,14 @@ def _refuse_reading(gradient: Tensor, length: int) -> None:
         )
 
 
-def is_prefix(cache: Any) -> bool:
-    """Whether `cache` holds a prompt prefix."""
+def cache_name(follower: Follower) -> str:
+    """What the decoder calls its key-value cache: `cache` in transformers from 5.24 on, before `past_key_values`."""
+    return next((name for name in CACHE_NAMES if name in inspect.signature(follower).parameters), CACHE_NAMES[-1])
+
+
+def is_prefix(inputs: Mapping[str, Any]) -> bool:
+    """Whether a decoder's arguments bring a prompt prefix."""
+    cache = next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)
     return isinstance(cache, Cache) and bool(cache.layers) and isinstance(cache.layers[0], PrefixLayer)
 
 

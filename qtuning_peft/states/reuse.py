@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ..reading import first_column
 from ..side_tuning.follow import BaseStates, Follower, follower_of
 from .memory import HiddenStateCache
-from .prefix import PromptPrefix
+from .prefix import CACHE_NAMES, PromptPrefix
 
 MAX_WAITING = 2
 # Arguments of a decoder that ask for, or bring, more than the last hidden state.
-MORE = ("output_hidden_states", "output_attentions", "output_router_logits", "past_key_values")
+MORE = ("output_hidden_states", "output_attentions", "output_router_logits", *CACHE_NAMES)
 # Those that a row's states may depend on.
 ROW_ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "return_dict"}
 

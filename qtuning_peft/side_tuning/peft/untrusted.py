@@ -186,5 +186,5 @@ def tokenizer_fingerprint(
         tokens = vocabulary | {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
         listing = json.dumps(sorted((int(index), str(token)) for token, index in tokens.items()))
         return hashlib.sha256(listing.encode()).hexdigest()[:16]
-    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, OverflowError, RecursionError, LookupError, TypeError, AttributeError):
         return None
