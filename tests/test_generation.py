@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import EVERY_PART, FAMILIES, randomize_side_network, tiny, token_ids
 from peft import PeftModel, get_peft_model
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, Gemma4ForCausalLM, Gemma4TextConfig, StaticCache
 
 from qtuning_peft import SideTuningConfig
 
@@ -137,6 +137,21 @@ def test_a_subset_of_tapped_layers_is_cached_too() -> None:
     model = side_tuned(layers_to_transform=[0, 2])
     cached = model.generate(**prompt(True), **NEW, do_sample=False)
     assert torch.equal(cached, model.generate(**prompt(True), **NEW, do_sample=False, use_cache=False))
+
+
+def test_beside_blocks_that_share_keys_and_values_of_earlier_ones() -> None:
+    torch.manual_seed(0)
+    config = Gemma4TextConfig(
+        hidden_size=64, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
+        vocab_size=100, head_dim=16, num_kv_shared_layers=2, sliding_window=4, vocab_size_per_layer_input=100,
+        hidden_size_per_layer_input=8, layer_types=["sliding_attention", "full_attention"] * 3,
+    )  # fmt: skip
+    for tap_every in (1, 3, 6):
+        options = SideTuningConfig(side_attention=True, tap_every=tap_every, task_type="CAUSAL_LM")
+        model = get_peft_model(Gemma4ForCausalLM(config).eval(), options)
+        randomize_side_network(model)
+        options = {"input_ids": token_ids(2, 7), "max_new_tokens": 6, "do_sample": False}
+        assert torch.equal(model.generate(**options), model.generate(**options, use_cache=False))
 
 
 def test_a_cache_the_side_network_has_not_seen_is_refused() -> None:

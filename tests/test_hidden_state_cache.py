@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomize_side_network, side_parameters, tiny, word_tokenizer
+from conftest import randomize_side_network, side_parameters, tiny, token_ids, word_tokenizer
 from datasets import Dataset
 from peft import get_peft_model
 from test_prefix_caching import PREFIX, batch, loss_and_gradients, passed_lengths, rows_of
@@ -154,3 +154,14 @@ def test_a_budget_of_nothing_is_refused() -> None:
     """One sentence."""
     with pytest.raises(ValueError, match="gibibytes is 0; give a number above 0"):
         HiddenStateCacheCallback(0)
+
+
+def test_a_mask_of_floating_point_numbers_counts_tokens_too() -> None:
+    model, ids = get_peft_model(tiny(), SideTuningConfig(task_type="CAUSAL_LM")).train(), token_ids()
+    mask = torch.ones_like(ids)
+    mask[0, 9:] = 0
+    losses = []
+    for kind in (torch.int64, torch.float32):
+        cache_states(model, 2**30)
+        losses.append([model(input_ids=ids, attention_mask=mask.to(kind), labels=ids).loss for _ in range(2)])
+    assert losses[0] == losses[1]

@@ -35,7 +35,7 @@ class HiddenStateCache:
         """
         input_ids: Tensor = inputs["input_ids"]  # (batch, length)
         length, mask = input_ids.shape[1], inputs.get("attention_mask")
-        lengths = [length] * len(input_ids) if mask is None else mask[:, -length:].sum(1).tolist()
+        lengths = [length] * len(input_ids) if mask is None else mask[:, -length:].bool().sum(1).tolist()
         tokens = input_ids.to("cpu", torch.int64).numpy()
         # The same tokens behind the prompt prefix are not the same row.
         behind = b"+" if is_prefix(inputs) else b""

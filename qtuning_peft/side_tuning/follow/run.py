@@ -23,7 +23,9 @@ class SideRun:
         self.centers = CenterFit.of(network)
         self.attention: AttentionPass | None = None
         if network.head_dim is not None:
-            self.attention = AttentionPass(network.layers, network.num_base_layers, network.head_dim, adapter)
+            self.attention = AttentionPass(
+                network.layers, network.num_base_layers, network.head_dim, adapter, network.kinds
+            )
 
     def begin(self, embeddings: Tensor, call: BlockCall) -> None:
         """Start from the embeddings."""

@@ -157,8 +157,11 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class AttentionPass:
     """Makes the inputs of side blocks' attention from what the base gives its own blocks, in one pass."""
 
-    def __init__(self, layers: Sequence[int], num_base_layers: int, head_dim: int, adapter: str) -> None:
+    def __init__(
+        self, layers: Sequence[int], num_base_layers: int, head_dim: int, adapter: str, kinds: Sequence[str] | None
+    ) -> None:
         self.layers, self.num_base_layers, self.head_dim, self.adapter = layers, num_base_layers, head_dim, adapter
+        self.kinds = kinds  # of the base's blocks: sliding or full attention
         self.first_side_layer = 0
         self._rotary: tuple[Any, tuple[Tensor, Tensor] | None] = (None, None)  # source, and what was made of it
         self._masks: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -167,8 +170,9 @@ class AttentionPass:
         """Make room in the key-value cache among the first block's arguments."""
         cache = cache_in(arguments)
         if cache is not None:
-            self.first_side_layer = attach_side_layers(cache, self.num_base_layers, self.layers, self.adapter)
-            _require_same_length(cache, self.first_side_layer, self.layers)
+            models = attach_side_layers(cache, self.num_base_layers, self.layers, self.adapter, self.kinds)
+            self.first_side_layer = len(cache.layers) - len(self.layers)
+            _require_same_length(models[0], cache.layers[self.first_side_layer])
 
     def inputs(self, step: int, block: nn.Module | None, arguments: dict[str, Any], device: Any) -> AttentionInputs:
         """Inputs of side block `step` from the `arguments` of the base's `block` beside it, on `device`."""
@@ -214,8 +218,10 @@ def _sliding_window(block: nn.Module) -> int | None:
     return _WINDOWS[block]
 
 
-def attach_side_layers(cache: Cache, num_base_layers: int, layers: Sequence[int], adapter: str) -> int:
-    """Give `cache`, which the base is about to fill, a layer for every side block; returns the first one's index.
+def attach_side_layers(
+    cache: Cache, num_base_layers: int, layers: Sequence[int], adapter: str, kinds: Sequence[str] | None = None
+) -> list[Any]:
+    """Give `cache`, which the base is about to fill, a layer for every side block; returns those they are modelled on.
 
     Raises:
         ValueError: when the cache holds tokens that this adapter's side network has not seen.
@@ -226,12 +232,11 @@ def attach_side_layers(cache: Cache, num_base_layers: int, layers: Sequence[int]
             while len(cache.layers) < num_base_layers:
                 cache.layers.append(cache.layer_class_to_replicate())
         first = len(cache.layers)
-        if any(layer.is_initialized and _length(layer) for layer in cache.layers):
+        if any(_length(layer) for layer in cache.layers):
             raise ValueError(
                 "past_key_values was filled without this side network; fill it with the adapter enabled, or start anew."
             )
-        # An earlier stop of the base's list (shared keys and values) is followed by its last layer.
-        cache.layers.extend(_empty_like(cache.layers[min(i, first - 1)]) for i in layers)
+        cache.layers.extend(_empty_like(_model(cache, index, first, kinds)) for index in layers)
         setattr(cache, _FIRST_SIDE_LAYER, first)
         setattr(cache, _ADAPTER, adapter)
     elif getattr(cache, _ADAPTER) != adapter:
@@ -239,13 +244,21 @@ def attach_side_layers(cache: Cache, num_base_layers: int, layers: Sequence[int]
             f"past_key_values was filled by adapter {getattr(cache, _ADAPTER)}, and {adapter} is active; fill it with "
             "the same adapter, or start anew."
         )
-    return first
+    return [_model(cache, index, first, kinds) for index in layers]
 
 
-def _require_same_length(cache: Cache, first_side_layer: int, layers: Sequence[int]) -> None:
+def _model(cache: Cache, index: int, first: int, kinds: Sequence[str] | None) -> Any:
+    """The cache layer of base block `index`, or, where it shares keys and values, of the last of its kind."""
+    return next(
+        layer
+        for before, layer in reversed([*enumerate(cache.layers[: min(index + 1, first)])])
+        if hasattr(layer, "get_seq_length") and (not kinds or kinds[before] == kinds[index])
+    )
+
+
+def _require_same_length(base_layer: Any, side_layer: Any) -> None:
     """Refuse a cache whose side layers are behind its base layers, as after a call with the adapter disabled."""
-    base = _length(cache.layers[min(layers[0], first_side_layer - 1)])
-    side = _length(cache.layers[first_side_layer])
+    base, side = _length(base_layer), _length(side_layer)
     if base != side:
         raise ValueError(
             f"past_key_values holds {base} tokens of the base but {side} of the side network; fill it with the adapter "
@@ -254,7 +267,8 @@ def _require_same_length(cache: Cache, first_side_layer: int, layers: Sequence[i
 
 
 def _length(layer: Any) -> int:
-    length = layer.get_seq_length()
+    held = layer.is_initialized and hasattr(layer, "get_seq_length")
+    length = layer.get_seq_length() if held else 0
     # Static layers count in a tensor; reading one on a GPU would stall generation at every token.
     return 0 if isinstance(length, torch.Tensor) and length.device.type != "cpu" else int(length)
 

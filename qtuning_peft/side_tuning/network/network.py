@@ -71,6 +71,7 @@ class SideNetwork(nn.Module):
         width, heads = settings.width(shape), settings.heads(shape)
         self.head_dim = None if heads is None else width // heads
         self.num_base_layers = shape.num_layers
+        self.kinds: list[str] | None = getattr(shape.config, "layer_types", None)
         compute_dtype = COMPUTE_DTYPES[settings.compute_dtype]
         self.compute_dtype: torch.dtype | None = None if compute_dtype is None else getattr(torch, compute_dtype)
         # Whether training keeps hidden states as they are until backward.
