@@ -15,8 +15,9 @@ IGNORE_INDEX = -100
 
 
 class _Declared(threading.local):
-    # Counted when asked for, as that waits for the device.
-    column: Callable[[], int] | None = None
+    def __init__(self) -> None:
+        # Counted when asked for, as that waits for the device.
+        self.column: Callable[[], int] | None = None
 
 
 _declared = _Declared()

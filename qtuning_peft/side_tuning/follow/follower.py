@@ -65,11 +65,12 @@ class Host(Protocol):
 class Current(threading.local):
     """The pass that the calling thread is in; servers run several on one model."""
 
-    listener: Listener | None = None
-    outer_grad = True
-    began = ended = False
-    # Instead of the host's listener.
-    recorder: Listener | None = None
+    def __init__(self) -> None:
+        self.listener: Listener | None = None
+        self.outer_grad = True
+        self.began = self.ended = False
+        # Instead of the host's listener.
+        self.recorder: Listener | None = None
 
     def __reduce__(self) -> "tuple[type[Current], tuple[()]]":
         # A copied or pickled model is in no pass.

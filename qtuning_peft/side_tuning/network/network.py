@@ -135,10 +135,10 @@ class SideNetwork(nn.Module):
 
     def lacks_centers(self) -> bool:
         """Whether the taps' centers were neither measured nor loaded."""
-        # Their numbers are looked at until they are there and no longer, as that waits for the device.
-        self._centered = self._centered or any(
-            tap.center is not None and bool(tap.center.any()) for tap in self.all_taps()
-        )
+        # Their numbers are looked at until they are there and no longer, as that waits for the device; and not in a
+        # graph, which they would break: `train` looks before.
+        if not self._centered and not torch.compiler.is_compiling():
+            self._centered = any(tap.center is not None and bool(tap.center.any()) for tap in self.all_taps())
         return not self._centered
 
     def train(self, mode: bool = True) -> "SideNetwork":
@@ -148,6 +148,7 @@ class SideNetwork(nn.Module):
         0.002 to its neighbours, so that updates at usual learning rates round to nothing.
         """
         if mode:
+            self.lacks_centers()
             for parameter in self.parameters():
                 if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
                     parameter.data = parameter.data.float()
