@@ -47,7 +47,7 @@ def test_a_forward_is_one_graph(options: dict[str, Any]) -> None:
     assert len(list(backend.graphs[0].graph.nodes)) > 50
 
 
-@pytest.mark.parametrize("options", [{}, {"tap_storage": "int8"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"downsample": "maxpool"}], ids=str)
 def test_a_training_step_is_one_graph(options: dict[str, Any]) -> None:
     model, backend = side_tuned(**options), Graphs()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
