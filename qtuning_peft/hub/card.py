@@ -15,7 +15,7 @@ from typing import Any
 
 import jinja2
 import yaml
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
 
@@ -54,6 +54,8 @@ def complete(
         fence=max([*re.findall("`+", training.recipe or ""), "``"], key=len) + "`",
     ).strip()  # fmt: skip
     text = f"{before}{ours}{after}" if former else f"\n{ours}\n\n{before.lstrip()}"
+    # The form that PEFT writes for other methods, if nobody has filled it in.
+    text = text.replace(ModelCard.from_template(ModelCardData()).text.strip(), "")
     # TRL's snippet fails without our import.
     snippet = "```python\n{}from transformers import pipeline\n"
     card.text = text.replace(snippet.format(""), snippet.format("import qtuning_peft  # registers QST with PEFT\n"))

@@ -27,7 +27,7 @@ from .config import SideTuningConfig
 from .files import check_adapter, without_adapter_name
 from .layer import MERGE_REFUSAL, SideTuningLayer
 from .peft_type import PREFIX
-from .untrusted import CONTAINER, check_file, tokenizer_fingerprint
+from .untrusted import CONTAINER, cached_commit, check_file, tokenizer_fingerprint
 
 PEFT_PREFIX = "base_model.model."
 # Arguments of a causal model that its decoder does not have, or that its loss has no use for.
@@ -98,8 +98,9 @@ class SideTuningModel(BaseTuner):
         # Recorded, so that an adapter stays what it is should the default ever change: no tensor's shape depends on it.
         peft_config.num_side_heads = peft_config.heads(shape)
         peft_config.target_modules = [decoder.norm_path]
-        commit = getattr(self.model.config, "_commit_hash", None)
-        vocabulary = tokenizer_fingerprint(getattr(self.model, "name_or_path", None), commit)
+        base = getattr(self.model, "name_or_path", None)
+        commit = cached_commit(base)
+        vocabulary = tokenizer_fingerprint(base, commit)
         if peft_config.origin is None:
             peft_config.revision = peft_config.revision or commit
             peft_config.tokenizer_fingerprint = peft_config.tokenizer_fingerprint or vocabulary
