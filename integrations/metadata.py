@@ -55,8 +55,8 @@ def shown(value: Any) -> Any:
 
 def datasets_on_the_hub(entries: Any) -> tuple[str, ...]:
     """Those `user/name` that can be on the Hub, of a name or entries with a `path`; files are left out."""
-    listed = entries if isinstance(entries, list | tuple) else [entries]
-    names = [entry.get("path") if isinstance(entry, Mapping) else entry for entry in listed]
+    entries = entries if isinstance(entries, list | tuple) else [entries]
+    names = [entry.get("path") if isinstance(entry, Mapping) else entry for entry in entries]
     return tuple(dict.fromkeys(name for name in names if isinstance(name, str) and "/" in name and is_hub_name(name)))
 
 

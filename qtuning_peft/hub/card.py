@@ -102,18 +102,16 @@ def load_card(readme: Path) -> Any:
         return ModelCard("---\nlibrary_name: peft\n---\n")
     try:
         block = REGEX_YAML_BLOCK.search(readme.read_text(encoding="utf-8-sig"))
-        if block and len(block[2]) > LARGEST_METADATA:
+        if len(metadata := block[2] if block else "") > LARGEST_METADATA:
             raise ValueError(f"more than {LARGEST_METADATA} characters")
         # By aliases, 500 bytes become gigabytes: merge keys and huggingface_hub copy what they stand for.
-        for event in yaml.parse(block[2] if block else "", yaml.SafeLoader):
+        for event in yaml.parse(metadata, yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError(f"*{event.anchor} is an alias; write out what it stands for")
         return ModelCard.load(readme)
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{readme} has metadata that cannot be read ({reason}); correct what is between ---."
-        ) from error
+        raise ValueError(f"{readme} has metadata that cannot be read ({reason}); correct them.") from error
 
 
 def listed(value: object) -> list[str]:
