@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
@@ -16,11 +17,12 @@ from torch import nn
 
 from qtuning_peft.eu_plane import EUPruningCallback, score
 from qtuning_peft.eu_plane.report import write_report
+from qtuning_peft.hub.metadata import TrainingMetadata
 from qtuning_peft.loading import load_model
 from qtuning_peft.trainer import PrefixCachingCallback
 
 from .blocks import EUPruningBlock
-from .metadata import TrainingMetadataCallback, datasets_on_the_hub, is_side_tuned
+from .metadata import NOT_PRUNED, TrainingMetadataCallback, datasets_on_the_hub, is_side_tuned, shown
 
 # Side networks start at 1e-3; what is below this is usually left over from LoRA.
 SMALLEST_LEARNING_RATE = 5e-4
@@ -140,7 +142,9 @@ def add_callbacks(
     split = recipe.get("dataset_test_split")
     tested_on = trained_on if split else datasets_on_the_hub(recipe.get("test_datasets"))
     evaluated_on = (tested_on[0], split) if len(tested_on) == 1 else (None, None)
-    trainer.add_callback(TrainingMetadataCallback(trainer.model, recipe, pruned, trained_on, evaluated_on))
+    settings = yaml.safe_dump(shown(recipe), sort_keys=False, allow_unicode=True)
+    known = TrainingMetadata(recipe=settings, pruning=pruned or NOT_PRUNED, datasets=trained_on)
+    trainer.add_callback(TrainingMetadataCallback(trainer.model, known, evaluated_on))
     rate = trainer.args.learning_rate
     if rate < SMALLEST_LEARNING_RATE and trainer.is_world_process_zero():
         warn(f"learning_rate is {rate:g}, a rate for LoRA; start at 1e-3 with a side network.")

@@ -7,11 +7,13 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from statistics import fmean
 from typing import Any
 
-import yaml
+import pyarrow.compute as pc
+from datasets import Dataset
 from huggingface_hub import EvalResult
 from peft import PeftModel
 from transformers import TrainerCallback
@@ -32,6 +34,7 @@ SHOWN = {
     "gradient_checkpointing", "bf16", "fp16", "seed", "qst", "eu_pruning",
 }  # fmt: skip
 SHOWN |= (QSTTrainingBlock.model_fields.keys() | EUPruningBlock.model_fields.keys()) - {"cache_path", "report_path"}
+NOT_PRUNED = "none in this training"
 PATH = re.compile(r"""(^|[\s"'=:,(\[])(~|/|\.\.?[/\\]|\\\\|[A-Za-z]:[/\\])|://|@""")
 
 
@@ -52,8 +55,8 @@ def shown(value: Any) -> Any:
 
 def datasets_on_the_hub(entries: Any) -> tuple[str, ...]:
     """Those `user/name` that can be on the Hub, of a name or entries with a `path`; files are left out."""
-    listed = entries if isinstance(entries, list | tuple) else [entries]
-    names = [entry.get("path") if isinstance(entry, Mapping) else entry for entry in listed]
+    entries = entries if isinstance(entries, list | tuple) else [entries]
+    names = [entry.get("path") if isinstance(entry, Mapping) else entry for entry in entries]
     return tuple(dict.fromkeys(name for name in names if isinstance(name, str) and "/" in name and is_hub_name(name)))
 
 
@@ -64,26 +67,23 @@ class TrainingMetadataCallback(TrainerCallback):
 
     Args:
         model: Whose card it is.
-        recipe: Of which the card shows what `shown` leaves.
-        pruning: How the training data were pruned; `None` that they were not.
-        datasets: Names on the Hub of the training data.
+        known: What is known before training.
         evaluated_on: Name on the Hub, and split, of the data that the trainer evaluates on.
     """
 
     def __init__(
-        self, model: PeftModel, recipe: Mapping[str, Any], pruning: str | None, datasets: tuple[str, ...] = (),
+        self, model: PeftModel, known: TrainingMetadata | None = None,
         evaluated_on: tuple[str | None, str | None] = (None, None),
     ) -> None:  # fmt: skip
         self.model: Any = model
-        self.recipe = yaml.safe_dump(shown(recipe), sort_keys=False, allow_unicode=True)
-        self.pruning = pruning or "none in this training"
-        self.datasets, self.evaluated_on = datasets, evaluated_on
+        self.known, self.evaluated_on = known or TrainingMetadata(pruning=NOT_PRUNED), evaluated_on
         self.began: float | None = None
-        self.first_step = 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note where training starts: a resumed one at the step of its checkpoint."""
-        self.began, self.first_step = time.perf_counter(), state.global_step
+    def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        """Note the training data, and where training starts: a resumed one at the step of its checkpoint."""
+        rows, tokens = count(getattr(train_dataloader, "dataset", None))
+        self.known = replace(self.known, rows=rows, tokens=tokens, resumed_at=state.global_step or None)
+        self.began = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep what is known by now."""
@@ -95,11 +95,11 @@ class TrainingMetadataCallback(TrainerCallback):
         final = [entry for entry in evaluations if entry["step"] and best in (None, entry["step"])][-1:]
         pruned = [(log["kept_samples"], log["kept_tokens"]) for log in state.log_history if "kept_samples" in log]
         every_batch = "every batch while training, which kept {:.0%} of its samples and {:.0%} of its supervised tokens"
-        self.model.training_metadata = TrainingMetadata(
-            recipe=self.recipe, datasets=self.datasets,
-            pruning=every_batch.format(*map(fmean, zip(*pruned, strict=True))) if pruned else self.pruning,
+        self.model.training_metadata = replace(
+            self.known,
+            pruning=every_batch.format(*map(fmean, zip(*pruned, strict=True))) if pruned else self.known.pruning,
             results=tuple(self._result(entry, state.global_step) for entry in first + final),
-            steps=state.global_step, loss=last.get("loss"), resumed_at=self.first_step or None,
+            steps=state.global_step, loss=last.get("loss"),
             seconds=last.get("train_runtime", time.perf_counter() - self.began if self.began else None),
             peak_memory=peak_memory(), machine=machine(),
             versions=", ".join(f"{name} {version(name)}" for name in ("qtuning-peft", "peft", "transformers", "torch")),
@@ -112,6 +112,15 @@ class TrainingMetadataCallback(TrainerCallback):
             task_type="text-generation", dataset_type=name or "unpublished", dataset_name=name or "unpublished rows",
             dataset_split=split, metric_type="loss", metric_name=metric, metric_value=round(entry["eval_loss"], 4),
         )  # fmt: skip
+
+
+def count(dataset: Any) -> tuple[int | None, int | None]:
+    """Rows of tokenized data, also of packed ones, and their supervised tokens, where they can be known."""
+    if not isinstance(dataset, Dataset) or "labels" not in dataset.column_names:
+        return None, None
+    rows = sum(map(len, dataset["seq_lengths"])) if "seq_lengths" in dataset.column_names else len(dataset)
+    labels = (pc.list_flatten(batch["labels"]) for batch in dataset.with_format("arrow").iter(1000))
+    return rows, sum(pc.sum(pc.not_equal(part, -100)).as_py() or 0 for part in labels)
 
 
 def is_side_tuned(model: Any) -> bool:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import tiny
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # imported there, not exported
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from qtuning_peft import SideTuningConfig
@@ -176,7 +180,7 @@ def test_nothing_is_shared_but_what_is_named(folder: Path, tmp_path: Path, monke
 
 def test_a_folder_is_no_name_of_training_data(folder: Path) -> None:
     before = (folder / "README.md").read_text()
-    with pytest.raises(ValueError, match="/home/me/rows is no data set's name on the Hub"):
+    with pytest.raises(ValueError, match="/home/me/rows is no name on the Hub"):
         sharing.push(folder, "user/name", training=TrainingMetadata(datasets=("/home/me/rows",)))
     assert (folder / "README.md").read_text() == before
 
@@ -185,8 +189,62 @@ def test_a_base_in_a_folder_is_noted_when_pushed(folder: Path, monkeypatch: pyte
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/home/me/base"}))
     monkeypatch.setattr(sharing, "HfApi", lambda: pytest.skip("pushed"))
-    with pytest.warns(UserWarning, match="its base is /home/me/base, a folder"), pytest.raises(pytest.skip.Exception):
+    with (
+        pytest.warns(UserWarning, match="its base is /home/me/base, a folder.* --base-model"),
+        pytest.raises(pytest.skip.Exception),
+    ):
         sharing.push(folder, "user/name")
+
+
+def test_many_tensors_take_time_in_proportion(folder: Path) -> None:
+    weights = folder / "adapter_model.safetensors"
+    save_file({f"side.{i}.gate": torch.zeros(0) for i in range(100_000)} | load_file(weights), weights)
+    before = time.process_time()
+    assert "parameters" in run("info", folder).output
+    assert time.process_time() - before < 5
+
+
+def test_a_large_header_is_not_read(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").write_bytes((2**24 + 1).to_bytes(8, "little") + b"{}")
+    done = run("info", folder)
+    assert done.exit_code == 1
+    assert "has a header of 16777217 bytes" in " ".join(done.output.split())
+    for content in (b"", b"\2" + bytes(7) + b"[]", (10**5).to_bytes(8, "little") + b"[" * 10**5):
+        (folder / "adapter_model.safetensors").write_bytes(content)
+        assert "Error:" in run("info", folder).output
+
+
+def test_weights_are_not_loaded_to_be_shown(folder: Path) -> None:
+    weights = folder / "adapter_model.safetensors"
+    save_file({"large": torch.ones(15 * 2**20), "large.gate": torch.ones(2**20)} | load_file(weights), weights)
+    script = f"""
+from resource import RUSAGE_SELF, getrusage
+from qtuning_peft.hub.sharing import describe
+before = getrusage(RUSAGE_SELF).ru_maxrss
+assert "MiB" in describe({str(folder)!r})["size"]
+print(getrusage(RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 20 * 1024
+
+
+def test_many_unknown_fields_are_refused_in_one_sentence(folder: Path) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {f"field{i}": i for i in range(20_000)}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=r"adapter_config.json has many unknown fields, as \['field0'") as error:
+            PeftModel.from_pretrained(tiny(), folder)
+    assert len(str(error.value)) < 500 + len(str(folder))
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, "{", "7"])
+def test_json_that_cannot_be_read_is_an_error_that_names_the_file(content: str, folder: Path) -> None:
+    (folder / "adapter_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"adapter_config.json is no configuration \(") as error:
+        PeftModel.from_pretrained(tiny(), folder)
+    assert "\n" not in str(error.value)
+    assert "is no configuration" in " ".join(run("info", folder).output.split())
 
 
 @pytest.mark.parametrize("pattern", ["[", "(" * 900 + ")" * 900, "x" * 10**7, "(((\\w*)*)*)*X"])

@@ -284,6 +284,52 @@ def test_a_repository_holds_the_adapter_and_nothing_of_the_base(hub: LoopbackHub
         assert "model.safetensors" not in _head(hub, repo).files
 
 
+def test_an_adapter_records_which_commit_of_its_base_it_was_trained_on(hub: LoopbackHub, folder: Path) -> None:
+    for repo in (ADAPTER, TRAINER, TRL, SFT):
+        config = json.loads(_head(hub, repo).files["adapter_config.json"].content)
+        assert config["revision"] == _head(hub, BASE).oid
+
+
+def test_a_commit_of_the_base_is_recorded_where_it_is_certain(hub: LoopbackHub, folder: Path) -> None:
+    script = """
+import torch
+from huggingface_hub import HfApi
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+from qtuning_peft import SideTuningConfig
+def recorded(**where):
+    base = AutoModelForCausalLM.from_pretrained("qst/moving", **where)
+    return get_peft_model(base, SideTuningConfig(task_type="CAUSAL_LM")).active_peft_config.revision
+base = AutoModelForCausalLM.from_pretrained("qst/base")
+first = base.push_to_hub("qst/moving").oid
+HfApi().create_tag("qst/moving", tag="v1", revision=first)
+with torch.no_grad():
+    base.get_input_embeddings().weight.add_(1)
+second = base.push_to_hub("qst/moving").oid
+assert recorded(revision="v1") == first  # not what main is
+third = HfApi().upload_file(
+    repo_id="qst/moving", revision="main", path_or_fileobj=b"words", path_in_repo="README.md"
+).oid
+assert recorded() is None  # there are two in the cache now
+"""
+    _run(hub, folder / "moving", "-c", script)
+
+
+def test_commits_with_the_same_weights_are_one(hub: LoopbackHub, folder: Path) -> None:
+    script = """
+from huggingface_hub import HfApi
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+from qtuning_peft import SideTuningConfig
+AutoModelForCausalLM.from_pretrained("qst/base").push_to_hub("qst/still")
+for words in (b"one", b"two"):
+    head = HfApi().upload_file(repo_id="qst/still", path_or_fileobj=words, path_in_repo="README.md").oid
+    base = AutoModelForCausalLM.from_pretrained("qst/still")
+    assert get_peft_model(base, SideTuningConfig(task_type="CAUSAL_LM")).active_peft_config.revision == head
+"""
+    _run(hub, folder / "still", "-c", script)
+
+
 def test_weights_go_through_lfs_and_the_same_ones_only_once(hub: LoopbackHub, commits: dict[str, str]) -> None:
     weights = hub.repos[ADAPTER].at(commits["second"]).files[WEIGHTS]
     assert weights.large
@@ -345,6 +391,7 @@ for arguments in (
 
 def test_the_command_completes_a_card_of_stock_trl(hub: LoopbackHub, completed: str) -> None:
     assert _card(hub, TRL)["library_name"] == "transformers"
+    assert not [repo for repo in (TRAINER, TRL, SFT, "qst/completed") if "More Information" in _readme(hub, repo)]
     card = _card(hub, "qst/completed")
     assert (card["library_name"], card["base_model"], card["base_model_relation"]) == ("peft", BASE, "adapter")
     assert (card["datasets"], card["language"], card["license"]) == (["org/rows", "org/more"], ["en"], "apache-2.0")
@@ -403,6 +450,38 @@ for arguments in (
     assert codes == ["0", "0", "1", "1", "0"], output
     assert BASE in output.split("base model")[1]
     assert "input gates" in output
+
+
+@pytest.mark.parametrize("token", ["hf_wrong", None])
+def test_who_is_not_logged_in_learns_how(token: str | None, hub: LoopbackHub, folder: Path) -> None:
+    arguments = ["push", str(folder / "second"), "qst/refused"]
+    script = f"""
+import os
+os.environ.pop("HF_TOKEN")
+if {token!r}:
+    os.environ["HF_TOKEN"] = {token!r}
+from typer.testing import CliRunner
+from qtuning_peft.cli import app
+done = CliRunner().invoke(app, {arguments!r}, env={{"COLUMNS": "200"}})
+print(done.exit_code, done.output)
+"""
+    with _start(hub, folder / "unknown", "-c", script) as process:
+        output, _ = process.communicate()
+    assert "1 Error: The Hub does not know you; run `hf auth login`, or set HF_TOKEN" in output
+    assert "qst/refused" not in hub.repos
+
+
+def test_a_base_in_a_folder_gets_its_name_on_the_hub_when_pushed(hub: LoopbackHub, folder: Path) -> None:
+    mine = shutil.copytree(folder / "second", folder / "named")
+    config = json.loads((mine / "adapter_config.json").read_text())
+    (mine / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(folder / "base")}))
+    before = (mine / "adapter_config.json").read_bytes()
+    command = f"from qtuning_peft.cli import app; app(['push', {str(mine)!r}, 'qst/named', '--base-model', {BASE!r}])"
+    _run(hub, folder / "command", "-c", command)
+    assert json.loads(_head(hub, "qst/named").files["adapter_config.json"].content)["base_model_name_or_path"] == BASE
+    assert _card(hub, "qst/named")["base_model"] == BASE
+    assert str(folder) not in _readme(hub, "qst/named")
+    assert (mine / "adapter_config.json").read_bytes() == before
 
 
 def test_a_killed_upload_leaves_the_repository_as_it_was_and_can_be_run_again(hub: LoopbackHub, folder: Path) -> None:
@@ -471,8 +550,12 @@ def _head(hub: LoopbackHub, repo: str) -> Commit:
     return hub.repos[repo].at("main")
 
 
+def _readme(hub: LoopbackHub, repo: str) -> str:
+    return _head(hub, repo).files["README.md"].content.decode()
+
+
 def _card(hub: LoopbackHub, repo: str) -> dict[str, Any]:
-    return yaml.safe_load(_head(hub, repo).files["README.md"].content.decode().split("---")[1])
+    return yaml.safe_load(_readme(hub, repo).split("---")[1])
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import pytest
 import torch
 import yaml
 from conftest import tiny
+from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from qtuning_peft.integrations.metadata import TrainingMetadataCallback, datasets_on_the_hub, shown
+from qtuning_peft.integrations.metadata import TrainingMetadataCallback, count, datasets_on_the_hub, shown
 
 from qtuning_peft import SideTuningConfig
 from qtuning_peft.hub.card import complete
@@ -197,7 +198,7 @@ def test_a_score_is_that_of_the_weights_it_stands_beside(model: PeftModel) -> No
         {"loss": 0.5, "step": 8}, {"train_runtime": 7.0, "step": 8},
     ]  # fmt: skip
     state = SimpleNamespace(log_history=history, global_step=8, best_global_step=4)
-    callback = TrainingMetadataCallback(model, {}, None)
+    callback = TrainingMetadataCallback(model)
     names = []
     for best in (False, True):
         callback.on_log(SimpleNamespace(load_best_model_at_end=best), state, None)
@@ -210,7 +211,7 @@ def test_a_score_is_that_of_the_weights_it_stands_beside(model: PeftModel) -> No
 
 
 def test_the_loss_before_training_stands_beside_the_loss_after_it(model: PeftModel) -> None:
-    callback = TrainingMetadataCallback(model, {}, None)
+    callback = TrainingMetadataCallback(model)
     state = SimpleNamespace(log_history=[{"eval_loss": 3.0, "step": 0}], global_step=0, best_global_step=None)
     arguments = SimpleNamespace(load_best_model_at_end=False)
     callback.on_log(arguments, state, None)
@@ -223,13 +224,37 @@ def test_the_loss_before_training_stands_beside_the_loss_after_it(model: PeftMod
 
 
 def test_the_time_of_a_resumed_training_says_from_where_it_counts(model: PeftModel) -> None:
-    callback = TrainingMetadataCallback(model, {}, None)
+    callback = TrainingMetadataCallback(model)
     state = SimpleNamespace(log_history=[], global_step=8, best_global_step=None)
     callback.on_train_begin(None, state, None)
     state.global_step = 10
     callback.on_log(SimpleNamespace(load_best_model_at_end=False), state, None)
-    rows = model.training_metadata.rows()
+    rows = model.training_metadata.table()
     assert (rows["steps"], rows["time counts"]) == ("10", "from step 8 on")
+
+
+def test_the_training_data_are_counted(model: PeftModel) -> None:
+    rows = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [-100]}]
+    packed = [{"input_ids": [1, 2, 3, 4], "labels": [-100, 2, 3, -100], "seq_lengths": [3, 1]}]
+    for data, known in ((rows, (2, 2)), (packed, (2, 2)), ([{"input_ids": [1]}], (None, None))):
+        assert count(Dataset.from_list(data)) == known
+    assert count(Dataset.from_list(rows).select([1])) == (1, 0)
+    callback = TrainingMetadataCallback(model)
+    state = SimpleNamespace(log_history=[], global_step=0, best_global_step=None)
+    callback.on_train_begin(None, state, None, train_dataloader=SimpleNamespace(dataset=Dataset.from_list(rows)))
+    callback.on_log(SimpleNamespace(load_best_model_at_end=False), state, None)
+    shown = model.training_metadata.table()
+    assert (shown["training rows"], shown["supervised tokens"]) == ("2", "2")
+    assert "generation speed beside the base" not in shown
+    measured = TrainingMetadata(slowdown=1.4).table()
+    assert measured == {"generation speed beside the base": "1.40 times the base's time per token"}
+
+
+def test_the_form_that_peft_leaves_to_be_filled_in_goes(model: PeftModel, tmp_path: Path) -> None:
+    get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    assert "More Information Needed" in (tmp_path / "README.md").read_text()
+    model.save_pretrained(tmp_path)
+    assert "More Information Needed" not in (tmp_path / "README.md").read_text()
 
 
 def test_cards_of_other_methods_are_left_alone(tmp_path: Path) -> None:

@@ -23,13 +23,16 @@ def push(
     private: Annotated[bool, typer.Option(help="Make a new repository a private one.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to; by default main.")] = None,
     message: Annotated[str, typer.Option("--message", "-m", help="Commit message.")] = "Upload side adapter",
+    base_model: Annotated[str | None, typer.Option(help="The base's name on the Hub, if it is a folder here.")] = None,
     dataset: Annotated[list[str] | None, typer.Option(help="Training data's name on the Hub; may be repeated.")] = None,
     language: Annotated[list[str] | None, typer.Option(help="Their language's code, as en; may be repeated.")] = None,
     license: Annotated[str | None, typer.Option(help="The adapter's licence on the Hub, as apache-2.0.")] = None,
 ) -> None:
     """Upload an adapter to the Hub: its configuration, weights, card and tokenizer, and nothing else."""
     known = TrainingMetadata(datasets=tuple(dataset or ()), language=tuple(language or ()), license=license)
-    address = sharing.push(folder, repo, private=private, revision=revision, message=message, training=known)
+    address = sharing.push(
+        folder, repo, private=private, revision=revision, message=message, base_model=base_model, training=known
+    )  # fmt: skip
     console.print(printable(address), highlight=False)
 
 

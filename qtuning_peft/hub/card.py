@@ -15,7 +15,7 @@ from typing import Any
 
 import jinja2
 import yaml
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
 
@@ -54,6 +54,8 @@ def complete(
         fence=max([*re.findall("`+", training.recipe or ""), "``"], key=len) + "`",
     ).strip()  # fmt: skip
     text = f"{before}{ours}{after}" if former else f"\n{ours}\n\n{before.lstrip()}"
+    # The form that PEFT writes for other methods, if nobody has filled it in.
+    text = text.replace(ModelCard.from_template(ModelCardData()).text.strip(), "")
     # TRL's snippet fails without our import.
     snippet = "```python\n{}from transformers import pipeline\n"
     card.text = text.replace(snippet.format(""), snippet.format("import qtuning_peft  # registers QST with PEFT\n"))
@@ -100,18 +102,16 @@ def load_card(readme: Path) -> Any:
         return ModelCard("---\nlibrary_name: peft\n---\n")
     try:
         block = REGEX_YAML_BLOCK.search(readme.read_text(encoding="utf-8-sig"))
-        if block and len(block[2]) > LARGEST_METADATA:
+        if len(metadata := block[2] if block else "") > LARGEST_METADATA:
             raise ValueError(f"more than {LARGEST_METADATA} characters")
         # By aliases, 500 bytes become gigabytes: merge keys and huggingface_hub copy what they stand for.
-        for event in yaml.parse(block[2] if block else "", yaml.SafeLoader):
+        for event in yaml.parse(metadata, yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError(f"*{event.anchor} is an alias; write out what it stands for")
         return ModelCard.load(readme)
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{readme} has metadata that cannot be read ({reason}); correct what is between ---."
-        ) from error
+        raise ValueError(f"{readme} has metadata that cannot be read ({reason}); correct them.") from error
 
 
 def listed(value: object) -> list[str]:

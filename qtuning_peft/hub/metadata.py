@@ -31,15 +31,18 @@ class TrainingMetadata:
     license: str | None = None  # of the adapter, as the Hub names it
     # Rows of a table.
     pruning: str | None = _row("pruning")
+    rows: int | None = _row("training rows")
+    tokens: int | None = _row("supervised tokens")
     steps: int | None = _row("steps")
     loss: float | None = _row("last training loss", "{:.4g}".format)
     seconds: float | None = _row("time", "{:.0f} s".format)
     resumed_at: int | None = _row("time counts", "from step {} on".format)
     peak_memory: tuple[int, str] | None = _row("peak memory", lambda peak: f"{peak[0] / 2**20:.0f} MiB {peak[1]}")
+    slowdown: float | None = _row("generation speed beside the base", "{:.2f} times the base's time per token".format)
     machine: str | None = _row("machine")
     versions: str | None = _row("versions")
 
-    def rows(self) -> dict[str, str]:
+    def table(self) -> dict[str, str]:
         """The table's rows: names and values of what is known."""
         known = ((f.metadata, getattr(self, f.name)) for f in fields(self) if f.metadata)
         return {shown["name"]: shown["show"](value) for shown, value in known if value is not None}

@@ -7,6 +7,7 @@ In the model a side network's tensors are called ``<norm>.qst_side_network.<adap
 import functools
 import warnings
 from contextlib import suppress
+from dataclasses import fields
 from typing import Any
 
 import peft.functional
@@ -19,7 +20,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .config import SideTuningConfig
-from .untrusted import CONTAINER, check_keys, check_shape, check_values
+from .peft_type import QST
+from .untrusted import CONTAINER, LARGEST_TEXT, check_keys, check_shape, check_values
 
 
 def without_adapter_name(key: str, adapter_name: str) -> str:
@@ -113,6 +115,24 @@ def refuse_pickles() -> None:
         return original(self, save_directory, safe_serialization, *args, **kwargs)
 
     setattr(peft.PeftModel, original.__name__, save_pretrained)
+
+
+def check_config_files() -> None:
+    """Have PEFT read ``adapter_config.json`` with errors of one sentence, and no more than a few unknown fields."""
+    original = vars(PeftConfigMixin)["from_json_file"].__func__
+
+    def from_json_file(cls: type[PeftConfig], /, path_json_file: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            content: dict[str, Any] = dict(original(cls, path_json_file, **kwargs))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path_json_file} is no configuration ({error!s:.100}); get the file again.") from error
+        unknown = f"{sorted(content.keys() - {f.name for f in fields(SideTuningConfig)})}"
+        # PEFT lists them in a warning.
+        if content.get("peft_type") == QST and len(unknown) > LARGEST_TEXT:
+            raise ValueError(f"{path_json_file} has many unknown fields, as {unknown:.100}; get the file again.")
+        return content
+
+    setattr(PeftConfig, original.__name__, classmethod(from_json_file))
 
 
 def remember_origins() -> None:

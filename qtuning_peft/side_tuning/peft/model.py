@@ -36,7 +36,7 @@ from .refusals import (
     refuse_untrainable_modules,
     warn_of_another_base,
 )  # fmt: skip
-from .untrusted import CONTAINER, check_file, tokenizer_fingerprint
+from .untrusted import CONTAINER, cached_commit, check_file, tokenizer_fingerprint
 
 # Arguments of a causal model that its decoder does not have, or that its loss has no use for.
 NOT_THE_DECODERS = {"logits_to_keep", "return_dict", "use_cache"}
@@ -115,8 +115,9 @@ class SideTuningModel(BaseTuner):
         # Recorded, so that an adapter stays what it is should the default ever change: no tensor's shape depends on it.
         peft_config.num_side_heads = peft_config.heads(shape)
         peft_config.target_modules = [decoder.norm_path]
-        commit = getattr(self.model.config, "_commit_hash", None)
-        vocabulary = tokenizer_fingerprint(getattr(self.model, "name_or_path", None), commit)
+        base = getattr(self.model, "name_or_path", None)
+        commit = cached_commit(base)
+        vocabulary = tokenizer_fingerprint(base, commit)
         if peft_config.origin is None:
             peft_config.revision = peft_config.revision or commit
             peft_config.tokenizer_fingerprint = peft_config.tokenizer_fingerprint or vocabulary

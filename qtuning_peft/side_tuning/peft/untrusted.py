@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
@@ -153,6 +155,23 @@ def _some(keys: list[str]) -> str:
 
 def _one_line(error: Exception) -> str:
     return "".join(letter for letter in " ".join(str(error).split()) if letter.isprintable())[:200]
+
+
+def cached_commit(name: str | None) -> str | None:
+    """Commit that the base `name` was loaded from, of those in the Hub's cache; `None` where it is not certain.
+
+    transformers keeps no commit of a model. Commits with the same weights and configuration are one.
+    """
+    if not name or os.path.isdir(name):
+        return None
+    repo = Path(HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))
+    commits = {file.parent for file in repo.glob("snapshots/*/*.safetensors")}
+    files = {frozenset(map(os.path.realpath, [*c.glob("*.safetensors"), c / "config.json"])) for c in commits}
+    main = repo / "refs" / "main"
+    names = sorted(commit.name for commit in commits)
+    if len(files) != 1:
+        return None
+    return head if main.is_file() and (head := main.read_text()) in names else names[-1]
 
 
 def tokenizer_fingerprint(
