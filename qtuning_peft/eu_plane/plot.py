@@ -95,10 +95,12 @@ def plot_plane(
 
     bars: dict[str, Any] = {"stacked": True, "color": [COLOURS[name] for name in groups], "linewidth": 0}
     bars["bins"] = int(np.clip(2 * np.sqrt(len(x)), 12, 60))
-    above.hist([x[members] for members in groups.values()], range=view[0], **bars)
-    right.hist([y[members] for members in groups.values()], range=view[1], orientation="horizontal", **bars)
-    above.axis("off")
-    right.axis("off")
+    for axes, values, limits, direction in (
+        (above, x, view[0], {}),
+        (right, y, view[1], {"orientation": "horizontal"}),
+    ):
+        axes.hist([values[members] for members in groups.values()], range=limits, **bars | direction)
+        axes.axis("off")
 
     if pruner is not None:
         if not pruner.per_batch and isinstance(pruner.fitted, EUPlane):
@@ -112,11 +114,10 @@ def plot_plane(
     outside = int(((x < view[0][0]) | (x > view[0][1]) | (y < view[1][0]) | (y > view[1][1])).sum())
     correlation = rank_correlation(y, x)
     found = "undefined" if np.isnan(correlation) else f"{correlation:.2f}"
-    lines = [f"{len(x):,} {'sample' if len(x) == 1 else 'samples'}, rank correlation {found}"]
-    omissions = [f"{outside:,} outside of the view"] if outside else []
-    omissions += [f"{(~shown).sum():,} without a score left out"] if not shown.all() else []
-    lines += [", ".join(omissions)] if omissions else []
-    above.set_title("\n".join(lines), loc="left", fontsize=10, color=INK)
+    omitted = {"outside of the view": outside, "without a score left out": int((~shown).sum())}
+    second = ", ".join(f"{count:,} {why}" for why, count in omitted.items() if count)
+    first = f"{len(x):,} sample{'s' * (len(x) != 1)}, rank correlation {found}"
+    above.set_title(f"{first}\n{second}".rstrip(), loc="left", fontsize=10, color=INK)
     if title:
         # Data sets' names may have dollar signs, which are no formulas.
         figure.suptitle(textwrap.fill(title, 56), x=0.02, ha="left", fontsize=13, color=INK, parse_math=False)
@@ -151,18 +152,17 @@ def _density(x: np.ndarray, y: np.ndarray, groups: Mapping[str, np.ndarray], vie
 
 def _lines(axes: Axes, thresholds: Thresholds) -> None:
     """The finite thresholds: where high begins as a line, where low ends dashed; either may be the greater."""
+    line: dict[str, Any] = {"color": INK, "linewidth": 0.9, "alpha": 0.6}
     text: dict[str, Any] = {"color": INK, "fontsize": 8, "alpha": 0.8, "clip_on": True}
     # The names of both stand at opposite ends, as the lines may be close together.
-    for side, style, end, error_name, uncertainty_name, (first, second), (upper, lower) in (
-        ("low", "--", 0, " low ↓ ", "← low ", ("left", "right"), ("top", "bottom")),
-        ("high", "-", 1, " high ↑ ", " high →", ("right", "left"), ("bottom", "top")),
+    for side, style, end, (above, beside), (left, right), (upper, lower) in (
+        ("low", "--", 0, (" low ↓ ", "← low "), ("left", "right"), ("top", "bottom")),
+        ("high", "-", 1, (" high ↑ ", " high →"), ("right", "left"), ("bottom", "top")),
     ):
-        line: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": style, "alpha": 0.6}
         error, uncertainty = getattr(thresholds, f"error_{side}"), getattr(thresholds, f"uncertainty_{side}")
         if np.isfinite(error):
-            axes.axhline(error, **line)
-            axes.text(end, error, error_name, transform=axes.get_yaxis_transform(), ha=first, va=upper, **text)
+            axes.axhline(error, linestyle=style, **line)
+            axes.text(end, error, above, transform=axes.get_yaxis_transform(), ha=left, va=upper, **text)
         if np.isfinite(uncertainty):
-            axes.axvline(uncertainty, **line)
-            name: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "ha": second, "va": lower}
-            axes.text(uncertainty, end, uncertainty_name, **name, **text)
+            axes.axvline(uncertainty, linestyle=style, **line)
+            axes.text(uncertainty, end, beside, transform=axes.get_xaxis_transform(), ha=right, va=lower, **text)
