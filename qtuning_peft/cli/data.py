@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
 
+from ..atomic import alone_with
 from ..eu_plane.dataset import score as score_dataset
 from ..eu_plane.files import check_output, read_data, write_data
 from ..eu_plane.plot import plot_plane
@@ -30,6 +31,7 @@ console = Console(stderr=True)
 
 ScoredData = Annotated[Path, typer.Argument(help="Scored data: .jsonl, .parquet, or a folder of save_to_disk.")]
 Split = Annotated[str | None, typer.Option(help="Split to read, if the folder holds several.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there already.")]
 # Options of the library that a shell gives in another type, or under the name of one of several.
 FROM_A_SHELL: dict[str, Any] = {
     "tokenizer": str | None, "protect": list[str], "columns": list[str] | None, "scores": list[str],
@@ -105,6 +107,7 @@ def score(
     resume_dir: Annotated[
         Path | None, typer.Option(help="Folder for finished parts; by default beside the output, removed at the end.")
     ] = None,
+    overwrite: Overwrite = False,
     **options: Any,
 ) -> None:
     """Score every sample on the Error-Uncertainty plane.
@@ -112,17 +115,18 @@ def score(
     Interrupted and started again, it goes on where it stopped. Rows may have messages, prompt and completion,
     instruction and output, text, or input_ids and labels.
     """
-    check_output(output)
+    check_output(output, overwrite)
     options["columns"] = dict(_pair(entry) for entry in options["columns"] or [])
-    rows = read_data(data, split)
-    loaded, tokenizer = load_model(model, load_in_4bit, gguf_file, dtype)
-    if options["reference_model"]:
-        options["reference_model"] = load_model(options["reference_model"], load_in_4bit, dtype=dtype)[0]
     parts = resume_dir or output.with_name(f"{output.name}.parts")
-    scored = score_dataset(rows, loaded, tokenizer, resume_dir=parts, **options)
-    write_data(scored, output)
-    if resume_dir is None:
-        remove_parts(parts)
+    with alone_with(output):
+        rows = read_data(data, split)
+        loaded, tokenizer = load_model(model, load_in_4bit, gguf_file, dtype)
+        if options["reference_model"]:
+            options["reference_model"] = load_model(options["reference_model"], load_in_4bit, dtype=dtype)[0]
+        scored = score_dataset(rows, loaded, tokenizer, resume_dir=parts, **options)
+        write_data(scored, output)
+        if resume_dir is None:
+            remove_parts(parts)
     console.print(f"{len(scored)} rows scored: {output}", highlight=False)
 
 
@@ -130,14 +134,16 @@ def prune(
     data: ScoredData,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the kept rows go.")],
     split: Split = None,
+    overwrite: Overwrite = False,
     **options: Any,
 ) -> None:
     """Keep the best of scored data. Runs no model: prune again with other ratios as often as you like."""
-    check_output(output)
+    check_output(output, overwrite)
     pruner = make_pruner(options)
     rows = read_data(data, split)
     pruner.fit(rows)
-    write_data(rows.map(pruner, batched=True, keep_in_memory=True), output)
+    with alone_with(output):
+        write_data(rows.map(pruner, batched=True, keep_in_memory=True), output)
     console.print(f"{pruner.pruned}: {output}", highlight=False)
 
 

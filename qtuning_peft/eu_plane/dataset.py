@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ..atomic import replacing
 from .pruner import EUPruner
-from .scorer import EUScorer
+from .scorer import EUScorer, refuse_own
 
 logger = logging.getLogger(__name__)
 CHECKSUM_BYTES = 16
@@ -86,6 +86,7 @@ def _score(
 ) -> Dataset:
     if not len(dataset):
         raise ValueError("The data is empty; there is nothing to score.")
+    refuse_own(dataset.column_names)
     scorer.encoder.format_of(dataset.column_names)
     look, dataset = dataset.format, dataset.with_format(None)
     fingerprint, parts = scorer.fingerprint(), []

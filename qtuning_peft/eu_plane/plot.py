@@ -33,6 +33,9 @@ INK = "#24292f"
 STYLE: dict[Any, Any] = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK) | {
     "axes.spines.top": False, "axes.spines.right": False
 }  # fmt: skip
+# What is hard and uncertain need not be noise.
+LABELS = {NOISE: "noise (hard and uncertain)"}
+CORNERS = {NOISE: (0.99, 0.99), MISCONCEPTION: (0.01, 0.99), REDUNDANT: (0.01, 0.01), CALIBRATION: (0.99, 0.01)}
 FORMATS = (".png", ".svg", ".pdf")
 MOST_POINTS = 20_000
 
@@ -105,6 +108,11 @@ def plot_plane(
     if pruner is not None:
         if not pruner.per_batch and isinstance(pruner.fitted, EUPlane):
             _lines(plane, pruner.fitted.thresholds)
+        if NOISE in groups:
+            for name, (across, up) in CORNERS.items():
+                align = {"ha": "right" if across > 0.5 else "left", "va": "top" if up > 0.5 else "bottom"}
+                style: dict[str, Any] = {"color": COLOURS[name], "weight": "bold", "fontsize": 9} | align
+                plane.text(across, up, LABELS.get(name, name), transform=plane.transAxes, **style)
         names = {group: f"{group}: {int(members.sum()):,}" for group, members in groups.items()}
         dot: dict[str, Any] = {"marker": "o", "linestyle": ""}
         handles = [Line2D([], [], color=COLOURS[group], label=name, **dot) for group, name in names.items()]

@@ -20,7 +20,7 @@ from ..loss import IGNORE_INDEX
 from ..registry import option
 from .scores import SCORES, scores_of
 from .selection import DEGENERATE, KEEP, SAMPLE_STRATEGIES, TRIM, UNSCORED, Budget, Pruned, SampleStrategy
-from .table import Data, mismatch, plain, rank_correlation, read_table, require, supervised
+from .table import Data, columns_of, mismatch, rank_correlation, read_table, require, supervised
 from .tokens import TOKEN_STRATEGIES, keep_lowest, kept_counts, protected_tokens
 
 
@@ -75,8 +75,8 @@ class EUPruner:
                     raise ValueError(f"{name} is {value}; choose {choose}.")
         budgets = [n for n in ("sample_ratio", "num_samples", "num_tokens") if getattr(self, n) is not None]
         if len(budgets) != 1:
-            given = " and ".join(budgets) or "No budget"
-            raise ValueError(f"{given} is given; give exactly one of sample_ratio, num_samples and num_tokens.")
+            given = " and ".join(budgets) + " are" if budgets else "No budget is"
+            raise ValueError(f"{given} given; give exactly one of sample_ratio, num_samples and num_tokens.")
         SAMPLE_STRATEGIES.check(self.strategy)
         TOKEN_STRATEGIES.check(self.token_strategy)
         if self.keep_tokens not in ("lowest", "highest"):
@@ -174,6 +174,9 @@ class EUPruner:
             few = (choosable := len(rows) - found[UNSCORED] - found[DEGENERATE]) < target
             cause = f"only {choosable} can be kept" if few else "samples with equal scores are kept together"
             notes.append(f"{kept} samples are kept instead of {target}: {cause}.")
+        if copies := int(scored[["error", "uncertainty", "supervised_tokens"]].round(6).duplicated().sum()):
+            advice = "remove copies before scoring if they should not count twice"
+            notes.append(f"{copies} of {len(rows)} rows score exactly as another one, as copies do; {advice}.")
         return Pruned(
             counts={name: found[name] for name in (*names, DEGENERATE, UNSCORED) if name in names or found[name]},
             kept_samples=kept, kept_tokens=int(self._in_tokens(rows).cost(quadrants)),
@@ -182,11 +185,19 @@ class EUPruner:
             target_samples=target, target_tokens=self.num_tokens, notes=notes,
         )  # fmt: skip
 
-    def __call__(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        """Prune a batch of scored rows: the same columns and `quadrant`, kept rows alone, their `labels` trimmed."""
-        columns = {name: plain(rows[name]) for name in rows.keys()}  # noqa: SIM118 (lazy batches iterate otherwise)
-        if not all(isinstance(column, list) for column in columns.values()):
-            raise ValueError("A single row came instead of a batch; call map with batched=True.")
+    def __call__(self, rows: Mapping[str, Sequence[Any]], indices: Sequence[int] | None = None) -> dict[str, list[Any]]:
+        """Prune a batch of scored rows: the same columns and `quadrant`, kept rows alone, their `labels` trimmed.
+
+        `indices` are those of `map(..., with_indices=True)`, and not needed.
+        """
+        columns = columns_of(rows)
+        known = {
+            DEGENERATE,
+            UNSCORED,
+            *(name for strategy in SAMPLE_STRATEGIES.values() for name in strategy.quadrants),
+        }
+        if not known.issuperset(map(str, columns.get("quadrant", ()))):
+            raise ValueError("The data has a column quadrant of its own, which pruning would replace; rename it.")
         require({"input_ids", "labels", *TOKEN_STRATEGIES[self.token_strategy].columns}, columns)
         result: dict[str, list[Any]] = {name: [] for name in (*columns, "quadrant")}
         for index, quadrant in enumerate(self.quadrants(columns)):
@@ -210,14 +221,19 @@ class EUPruner:
         )
 
     def trim(self, row: dict[str, Any]) -> dict[str, Any]:
-        """`row` without labels for the tokens that are not kept."""
+        """`row` without labels for the tokens that are not kept, and with the scores of those that are.
+
+        Means of token scores, such as `error`, are means over the kept tokens; other scores are still the whole row's.
+        """
         kept = self.kept_tokens(row)
         labels = np.array(row["labels"], np.int64)
         labels[np.flatnonzero(labels != IGNORE_INDEX)[~kept]] = IGNORE_INDEX
         trimmed = dict(row) | {"labels": labels.tolist(), "supervised_tokens": int(kept.sum())}
-        for name in {f"token_{score}" for score in SCORES} | {"token_reference_error"}:
-            if name in row:
-                trimmed[name] = np.asarray(row[name])[kept].tolist()
+        for name, values in row.items():
+            if name.startswith("token_") and name.removeprefix("token_") in {*SCORES, "reference_error"}:
+                trimmed[name] = np.asarray(values)[kept].tolist()
+                if name.removeprefix("token_") in row:
+                    trimmed[name.removeprefix("token_")] = float(np.mean(trimmed[name]))
         return trimmed
 
     def _protected(self, tokens: Sequence[int]) -> np.ndarray:

@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from ..atomic import replacing
 from ..loss import IGNORE_INDEX
-from .plot import COLOURS, INK, plot_plane
+from .plot import COLOURS, INK, LABELS, plot_plane
 from .pruner import EUPruner
 from .selection import KEEP, TRIM, UNSCORED
 from .table import mismatch
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 # Longer ones are cut in the report.
 MOST_TOKENS, MOST_PROMPT = 400, 200
+SEEN_FOR_PREFIX = 1000
 # Token errors from which on the colour is one step stronger, nats.
 STEPS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 _ENVIRONMENT = Environment(loader=PackageLoader(__package__, ""), autoescape=True, keep_trailing_newline=True)
@@ -68,15 +69,17 @@ def write_report(
     quadrants = pruner.quadrants(scored)
     numbers = ("error", "uncertainty", "supervised_tokens")
     table = pd.DataFrame({name: np.array(scored[name][:], np.float64) for name in numbers})
+    # A system prompt, or few-shot examples, say nothing of a row.
+    shared = len(os.path.commonprefix(scored[:SEEN_FOR_PREFIX]["input_ids"]))
     groups = []
     for ordinal, (name, count) in enumerate(found.counts.items()):
         members = table[quadrants == name]
         chosen = members.index[spread(members["error"], examples, np.random.default_rng([seed, ordinal]))].tolist()
-        cards = [_card(scored[index], index, name, tokenizer, pruner) for index in chosen]
+        cards = [_card(scored[index], index, name, tokenizer, pruner, shared) for index in chosen]
         groups.append({"name": name, "count": count, "means": [*members.mean()], "cards": cards})
     page = _ENVIRONMENT.get_template("report.html.jinja").render(
         found=found, pruner=pruner, picture=_picture(scored, pruner), groups=groups, meaning=MEANING,
-        colours=COLOURS, steps=STEPS, keep=KEEP, trim=TRIM if pruner.token_ratio < 1 else (),
+        colours=COLOURS, labels=LABELS, steps=STEPS, keep=KEEP, trim=TRIM if pruner.token_ratio < 1 else (),
     )  # fmt: skip
     file = Path(path)
     with replacing(file) as unfinished:
@@ -94,12 +97,12 @@ def spread(values: Any, count: int, rng: np.random.Generator) -> list[int]:
 
 def _picture(scored: Dataset, pruner: EUPruner) -> Markup:
     """The plane as an `svg` element, in the colour of the page's text."""
-    from matplotlib import rc_context
+    figure, buffer = plot_plane(scored, pruner), io.StringIO()
+    from matplotlib import rc_context  # plot_plane has said what to install, if it is not there
 
-    buffer = io.StringIO()
     # Without a salt, names of elements would differ from one writing to the next.
     with rc_context({"svg.hashsalt": "plane", "svg.fonttype": "path"}):
-        plot_plane(scored, pruner).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace(INK, "currentColor")
@@ -107,15 +110,17 @@ def _picture(scored: Dataset, pruner: EUPruner) -> Markup:
     return Markup(svg.replace("<svg", f"<svg {label}", 1))
 
 
-def _card(row: Mapping[str, Any], index: int, name: str, tokenizer: Any, pruner: EUPruner) -> dict[str, Any]:
-    """One example: its scores and its text."""
+def _card(
+    row: Mapping[str, Any], index: int, name: str, tokenizer: Any, pruner: EUPruner, shared: int
+) -> dict[str, Any]:
+    """One example: its scores and its text, without the first `shared` tokens unless they are the whole prompt."""
     if name == UNSCORED:
         return {"index": index, "reason": row["unscored"]}
     kept = pruner.kept_tokens(row) if name in TRIM and pruner.token_ratio < 1 else None
-    return {"index": index, "row": row, "kept": kept, "parts": _parts(row, kept, tokenizer)}
+    return {"index": index, "row": row, "kept": kept, "parts": _parts(row, kept, tokenizer, shared)}
 
 
-def _parts(row: Mapping[str, Any], kept: np.ndarray | None, tokenizer: Any) -> list[dict[str, Any]]:
+def _parts(row: Mapping[str, Any], kept: np.ndarray | None, tokenizer: Any, shared: int) -> list[dict[str, Any]]:
     """The text of `row`: runs of other tokens, and of supervised ones, those not `kept` (tokens,) trimmed."""
     labels = np.asarray(row["labels"], np.int64)
     supervised = labels != IGNORE_INDEX
@@ -130,7 +135,7 @@ def _parts(row: Mapping[str, Any], kept: np.ndarray | None, tokenizer: Any) -> l
     for is_supervised, run in groupby(supervised.tolist()):
         stop = start + len(list(run))
         # A character may take several tokens, but no more than four.
-        begin = start if is_supervised else max(start, stop - 4 * MOST_PROMPT)
+        begin = start if is_supervised else max(start, stop - 4 * MOST_PROMPT, shared if shared < stop else 0)
         end = min(stop, start + MOST_TOKENS - seen) if is_supervised else stop
         texts = pieces_of(tokenizer, ids[max(0, begin - 8) : end])[min(8, begin) :]
         if is_supervised:

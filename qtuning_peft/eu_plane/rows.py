@@ -54,6 +54,8 @@ class RowEncoder:
             raise ValueError(f"columns names {', '.join(unknown)}; choose from {', '.join(sorted(known))}.")
         self.tokenizer = tokenizer
         self.columns = dict(columns or {})
+        # Columns that are read: those of the formats, and the data's own.
+        self.known = known | {*self.columns.values()}
         self.chat_template = chat_template
 
     def format_of(self, names: Sequence[str]) -> str:

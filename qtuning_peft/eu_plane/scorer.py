@@ -9,6 +9,7 @@ there are is in `scores`.
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,10 +18,11 @@ from torch import nn
 
 from ..head import causal_model
 from ..registry import option
-from .batching import run
+from .batching import PLANE, run
 from .fingerprint import fingerprint
 from .rows import RowEncoder
 from .scores import ALWAYS, SCORES, ScoredRows, mean
+from .table import columns_of
 from .tokenized import EncodedRow, RowError, Sample, untouched
 
 REFERENCE = "token_reference_error"
@@ -105,15 +107,14 @@ class EUScorer:
 
     def _encode_rows(self, rows: Mapping[str, Sequence[Any]]) -> tuple[list[EncodedRow], list[str]]:
         """Every row's tokens, and why it cannot be scored, empty if it can."""
-        names = list(rows.keys())
+        names = list(getattr(rows, "column_names", None) or rows.keys())
+        refuse_own(names)
         kind = self.encoder.format_of(names)
-        first = rows["input_ids"][:1] if kind == "tokens" else ()
-        if any(isinstance(rows[name], str) for name in names) or any(isinstance(value, int) for value in first):
-            raise ValueError("A single row came instead of a batch; call map with batched=True.")
+        columns = columns_of(rows, self.encoder.known)
         encoded: list[EncodedRow] = []
-        unscored = [""] * len(rows[names[0]])
+        unscored = [""] * len(next(iter(columns.values())))
         for index in range(len(unscored)):
-            row = {name: rows[name][index] for name in names}
+            row = {name: column[index] for name, column in columns.items()}
             try:
                 encoded.append(self._encode(row, kind))
             except RowError as error:
@@ -177,7 +178,8 @@ class EUScorer:
 
     def __reduce__(self) -> Any:
         # `map` pickles its function to name its cache; copying a whole model for that would cost more than scoring.
-        return _refuse_unpickling, (self.fingerprint(),)
+        # Another process gets what says so when it is called: one that cannot load its function dies without a word.
+        return partial, (_refuse, self.fingerprint())
 
 
 def _stored(value: Any, unscored: bool) -> Any:
@@ -188,7 +190,14 @@ def _stored(value: Any, unscored: bool) -> Any:
     return np.float64("nan") if unscored else value[()]
 
 
-def _refuse_unpickling(fingerprint: str) -> EUScorer:
+def refuse_own(names: Sequence[str]) -> None:
+    """Refuse data whose columns `names` are some that scoring adds, unless it has been scored before."""
+    added = {"supervised_tokens", "unscored", *ALWAYS, *(f"token_{name}" for name in PLANE)}
+    if own := sorted(added & {*names}) if not {*names} >= {*PLANE, "supervised_tokens"} else []:
+        raise ValueError(f"The data has a column {own[0]} of its own, which scoring would replace; rename it.")
+
+
+def _refuse(fingerprint: str, *rows: Any) -> None:
     raise ValueError(
         f"EUScorer {fingerprint} holds a model and cannot be sent to another process; call map without num_proc."
     )

@@ -28,7 +28,11 @@ def require(needed: Collection[str], given: Collection[str]) -> None:
     if missing:
         scores = scores_of(missing)
         advice = f" and scores={scores}" if scores else ""
-        raise ValueError(f"The data has no column {', '.join(missing)}; score the data with EUScorer{advice} first.")
+        command = " ".join(["qtuning score", *(f"--score {name}" for name in scores)])
+        raise ValueError(
+            f"The data has no column {', '.join(missing)}; score the data with EUScorer{advice} first, from a shell "
+            f"with {command}."
+        )
 
 
 def read_table(data: Data, needed: Collection[str]) -> pd.DataFrame:
@@ -68,8 +72,23 @@ def plain(column: Any) -> Any:
     """A column of any of `datasets`' formats as a list."""
     if isinstance(column, (str, bytes, dict, float, int)) or column is None:
         return column
+    if hasattr(column, "to_pylist"):
+        return column.to_pylist()
     column = column.tolist() if hasattr(column, "tolist") else list(column)
     return [value.tolist() if hasattr(value, "tolist") else value for value in column]
+
+
+def columns_of(rows: Any, wanted: Collection[str] | None = None) -> dict[str, list[Any]]:
+    """The columns of a batch that `map` hands over, of any of `datasets`' formats, as lists; all, or those `wanted`."""
+    names = list(getattr(rows, "column_names", None) or rows.keys())
+    columns = {name: plain(rows[name]) for name in names if wanted is None or name in wanted}
+    # Of a single row, text and numbers are no lists, tokens are numbers, and turns are mappings.
+    whole = [columns[name] for name in ("input_ids", "messages", "conversations", "prompt") if name in columns]
+    if not all(isinstance(column, list) for column in columns.values()) or any(
+        isinstance(value, (int, dict)) for column in whole for value in column[:1]
+    ):
+        raise ValueError("A single row came instead of a batch; call map with batched=True.")
+    return columns
 
 
 def supervised(labels: Sequence[int]) -> list[int]:
