@@ -14,12 +14,12 @@ import pytest
 import torch
 from conftest import randomize_side_network, tiny, word_tokenizer
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from test_eu_dataset import rows, run
 from test_eu_pruner import scored_data
 from torch import nn
 
-from qtuning_peft import EUPruner, EUScorer, SideTuningConfig, add_few_shot_examples, fit_projections, score
+from qtuning_peft import EUPruner, EUScorer, SideTuningConfig, add_few_shot_examples, score
 from qtuning_peft.eu_plane.files import read_data, write_data
 
 PLAIN: dict[str, Any] = {"chat_template": False, "progress": False}
@@ -287,7 +287,7 @@ def test_few_shot_examples_longer_than_rows_may_be() -> None:
     with pytest.raises(ValueError, match="few-shot examples are 5 tokens, and rows are cut at max_length, 5"):
         add_few_shot_examples(tokenizer, turns, max_length=5)
     tokenizer.model_max_length = 4
-    with pytest.raises(ValueError, match="rows are cut at tokenizer.model_max_length, 4"):
+    with pytest.raises(ValueError, match=r"rows are cut at tokenizer\.model_max_length, 4"):
         add_few_shot_examples(tokenizer, turns)
     assert tokenizer.chat_template == template
     add_few_shot_examples(tokenizer, turns, max_length=6)

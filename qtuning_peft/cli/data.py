@@ -31,6 +31,8 @@ console = Console(stderr=True)
 
 ScoredData = Annotated[Path, typer.Argument(help="Scored data: .jsonl, .parquet, or a folder of save_to_disk.")]
 Split = Annotated[str | None, typer.Option(help="Split to read, if the folder holds several.")]
+# What a user can cause; an error of the connection is an HTTPError alone.
+USER_ERRORS = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, HTTPError)
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there already.")]
 # Options of the library that a shell gives in another type, or under the name of one of several.
 FROM_A_SHELL: dict[str, Any] = {
@@ -56,8 +58,7 @@ def one_sentence() -> Iterator[None]:
         )
         try:
             yield
-        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, HTTPError) as error:
-            # An error of the connection is an HTTPError alone.
+        except USER_ERRORS as error:
             console.print(f"[bold red]Error:[/] {printable(error)}", highlight=False)
             raise typer.Exit(1) from error
 

@@ -18,7 +18,7 @@ from .pruner import EUPruner
 from .quadrants import CALIBRATION, MISCONCEPTION, NOISE, REDUNDANT, Thresholds
 from .selection import DEGENERATE, DROPPED, KEPT, SAMPLE_STRATEGIES, UNSCORED
 from .strategies import EUPlane
-from .table import Data, names_of, rank_correlation, require
+from .table import Data, names_of, numbers, rank_correlation, require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +67,7 @@ def plot_plane(
         raise ImportError("Drawing the plane needs matplotlib: pip install 'qtuning-peft[plot]'.") from error
 
     require(("error", "uncertainty"), names_of(scored))
-    y, x = (np.array(scored[name][:], np.float64) for name in ("error", "uncertainty"))
+    y, x = (numbers(scored, name) for name in ("error", "uncertainty"))
     shown = np.isfinite(x) & np.isfinite(y)
     if not shown.any():
         raise ValueError(f"None of the {len(shown)} rows has a score; there is nothing to draw.")

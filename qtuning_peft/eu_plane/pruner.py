@@ -230,10 +230,13 @@ class EUPruner:
         labels[np.flatnonzero(labels != IGNORE_INDEX)[~kept]] = IGNORE_INDEX
         trimmed = dict(row) | {"labels": labels.tolist(), "supervised_tokens": int(kept.sum())}
         for name, values in row.items():
-            if name.startswith("token_") and name.removeprefix("token_") in {*SCORES, "reference_error"}:
+            score = name.removeprefix("token_")
+            if name == f"token_{score}" and {score, name} & {*SCORES}:
+                if len(values) != len(kept):
+                    raise mismatch(len(kept), len(values))
                 trimmed[name] = np.asarray(values)[kept].tolist()
-                if name.removeprefix("token_") in row:
-                    trimmed[name.removeprefix("token_")] = float(np.mean(trimmed[name]))
+                if score in {*SCORES} & {*row}:
+                    trimmed[score] = float(np.mean(trimmed[name]))
         return trimmed
 
     def _protected(self, tokens: Sequence[int]) -> np.ndarray:

@@ -23,7 +23,7 @@ from ..loss import IGNORE_INDEX
 from .plot import COLOURS, INK, LABELS, plot_plane
 from .pruner import EUPruner
 from .selection import KEEP, TRIM, UNSCORED
-from .table import mismatch
+from .table import mismatch, numbers
 from .tokens import pieces_of
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ def write_report(
         )
     scored = scored.with_format(None)
     quadrants = pruner.quadrants(scored)
-    numbers = ("error", "uncertainty", "supervised_tokens")
-    table = pd.DataFrame({name: np.array(scored[name][:], np.float64) for name in numbers})
+    table = pd.DataFrame({name: numbers(scored, name) for name in ("error", "uncertainty", "supervised_tokens")})
     # A system prompt, or few-shot examples, say nothing of a row.
     shared = len(os.path.commonprefix(scored[:SEEN_FOR_PREFIX]["input_ids"]))
     groups = []

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..loss import IGNORE_INDEX
 from .scores import SCORES, scores_of
@@ -38,23 +40,42 @@ def require(needed: Collection[str], given: Collection[str]) -> None:
 def read_table(data: Data, needed: Collection[str]) -> pd.DataFrame:
     """The columns `needed` of scored data, scores checked to be finite, and `unscored`, whether a row has no score."""
     require(needed, names_of(data))
-    rows = pd.DataFrame({name: plain(data[name][:]) for name in needed})
+    check_lists(data)
+    scores = {*needed} & {"supervised_tokens", *SCORES}
+    rows = pd.DataFrame({n: numbers(data, n) if n in scores else plain(data[n][:]) for n in sorted(needed)})
     if rows.empty:
         raise ValueError("The data is empty; there is nothing to prune.")
     rows["unscored"] = list(map(bool, data["unscored"][:])) if "unscored" in names_of(data) else False
-    for name in sorted({*needed} & {"supervised_tokens", *SCORES}):
-        try:
-            rows[name] = pd.to_numeric(rows[name]).astype(np.float64)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"Column {name} holds something other than numbers; score the data again.") from error
-        if name in SCORES and not SCORES[name].per_token:
-            # May be undefined for some rows, as `ifd` is for answers of one token.
-            continue
+    # Scores of rows may be undefined for some, as `ifd` is for answers of one token.
+    for name in sorted(name for name in scores if name not in SCORES or SCORES[name].per_token):
         broken = np.flatnonzero(~np.isfinite(rows[name]) & ~rows["unscored"])
         if len(broken):
             advice = "score the data again, in a wider dtype if the model's output overflowed"
             raise ValueError(f"{name} of row {broken[0]} is {rows[name][broken[0]]}; {advice}.")
     return rows
+
+
+def numbers(data: Data, name: str) -> np.ndarray:
+    """The column `name` in float64, (rows,), NaN where there is no value."""
+    try:
+        return np.array(pd.to_numeric(pd.Series(plain(data[name][:]))), np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"Column {name} holds something other than numbers; score the data again.") from error
+
+
+def check_lists(data: Data) -> None:
+    """Refuse a data set whose tokens or scores of tokens, which files may hold in any type, are no lists of numbers."""
+    look: Any = data.with_format("arrow") if hasattr(data, "with_format") else {}
+    for name in sorted({"input_ids", "labels", *(f"token_{score}" for score in SCORES)} & {*names_of(look)}):
+        integers = name in ("input_ids", "labels")
+        try:
+            column = look[name][:].cast(pa.list_(pa.int64() if integers else pa.float64()))
+            broken = column.null_count or pc.list_flatten(column).null_count
+        except pa.ArrowException:
+            broken = True
+        if broken:
+            kind = "integers" if integers else "numbers"
+            raise ValueError(f"Column {name} holds something other than lists of {kind}; score the data again.")
 
 
 def rank_correlation(first: Any, second: Any) -> float:
