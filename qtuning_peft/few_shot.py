@@ -31,8 +31,8 @@ def add_few_shot_examples(tokenizer: Any, messages: Sequence[Mapping[str, str]],
         max_length: Tokens at which training cuts rows, if the tokenizer's own `model_max_length` is not what counts.
 
     Raises:
-        ValueError: when `messages` are not such turns, or the tokenizer has no chat template, or one with examples; or when rows
-            would be cut before they reach a prompt of their own.
+        ValueError: when `messages` are not such turns, or the tokenizer has no chat template, or one with examples, or
+            rows would be cut before they reach a prompt of their own.
     """
     turns = [{"role": message.get("role"), "content": message.get("content")} for message in messages]
     if not turns or len(turns) % 2:

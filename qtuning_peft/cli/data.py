@@ -125,7 +125,7 @@ def score(
         if options["reference_model"]:
             options["reference_model"] = load_model(options["reference_model"], load_in_4bit, dtype=dtype)[0]
         scored = score_dataset(rows, loaded, tokenizer, resume_dir=parts, **options)
-        write_data(scored, output)
+        write_data(scored, output, overwrite)
         if resume_dir is None:
             remove_parts(parts)
     console.print(f"{len(scored)} rows scored: {output}", highlight=False)
@@ -144,7 +144,7 @@ def prune(
     rows = read_data(data, split)
     pruner.fit(rows)
     with alone_with(output):
-        write_data(rows.map(pruner, batched=True, keep_in_memory=True), output)
+        write_data(rows.map(pruner, batched=True, keep_in_memory=True), output, overwrite)
     console.print(f"{pruner.pruned}: {output}", highlight=False)
 
 

@@ -88,7 +88,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def check_output(path: Path, overwrite: bool = True) -> None:
-    """Refuse, with a ValueError, a place that `write_data` could not or should not write to, before any work is done."""
+    """Refuse, with a ValueError, a place that `write_data` could not, or should not, write to, before work is done."""
     suffix = path.suffix.lower()
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise ValueError(f"{path} is neither a file nor a folder; choose another output.")
@@ -109,9 +109,9 @@ def check_output(path: Path, overwrite: bool = True) -> None:
         raise ValueError(f"{parent} is not a folder that can be written to; choose another output.")
 
 
-def write_data(data: Dataset, path: Path) -> None:
+def write_data(data: Dataset, path: Path, overwrite: bool = True) -> None:
     """Write `data` as the ending of `path` says: `.jsonl`, `.parquet`, or none for a folder; replaced when complete."""
-    check_output(path)
+    check_output(path, overwrite)
     with replacing(path) as unfinished:
         if path.suffix.lower() in JSON_LINES:
             # Dataset.to_json rounds to ten digits; thresholds are compared with what is read again.

@@ -36,7 +36,7 @@ def fingerprint(settings: Sequence[Any], tokenizer: Any, models: Sequence[nn.Mod
 
 
 def add_model(digest: xxhash.xxh3_128, model: nn.Module) -> None:
-    """Add a model's configuration, its adapters' state, its weights and buffers, those of disabled adapters excepted."""
+    """Add a model's configuration, its adapters' state, and its weights and buffers but for disabled adapters'."""
     digest.update(stable(causal_model(model).config.to_dict()))
     unused: list[str] = []
     for path, module in model.named_modules():

@@ -9,7 +9,7 @@ import io
 import os
 import re
 from collections.abc import Mapping
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,8 @@ def write_report(
     quadrants = pruner.quadrants(scored)
     table = pd.DataFrame({name: numbers(scored, name) for name in ("error", "uncertainty", "supervised_tokens")})
     # A system prompt, or few-shot examples, say nothing of a row.
-    shared = len(os.path.commonprefix(scored[:SEEN_FOR_PREFIX]["input_ids"]))
+    seen = scored[:SEEN_FOR_PREFIX]["input_ids"]
+    shared = sum(takewhile(bool, (first == last for first, last in zip(min(seen), max(seen), strict=False))))
     groups = []
     for ordinal, (name, count) in enumerate(found.counts.items()):
         members = table[quadrants == name]

@@ -22,7 +22,7 @@ from .batching import PLANE, run
 from .fingerprint import fingerprint
 from .rows import RowEncoder
 from .scores import ALWAYS, SCORES, ScoredRows, mean
-from .table import columns_of
+from .table import columns_of, names_of
 from .tokenized import EncodedRow, RowError, Sample, untouched
 
 REFERENCE = "token_reference_error"
@@ -107,8 +107,7 @@ class EUScorer:
 
     def _encode_rows(self, rows: Mapping[str, Sequence[Any]]) -> tuple[list[EncodedRow], list[str]]:
         """Every row's tokens, and why it cannot be scored, empty if it can."""
-        names = list(getattr(rows, "column_names", None) or rows.keys())
-        refuse_own(names)
+        refuse_own(names := list(names_of(rows)))
         kind = self.encoder.format_of(names)
         columns = columns_of(rows, self.encoder.known)
         encoded: list[EncodedRow] = []

@@ -101,8 +101,7 @@ def plain(column: Any) -> Any:
 
 def columns_of(rows: Any, wanted: Collection[str] | None = None) -> dict[str, list[Any]]:
     """The columns of a batch that `map` hands over, of any of `datasets`' formats, as lists; all, or those `wanted`."""
-    names = list(getattr(rows, "column_names", None) or rows.keys())
-    columns = {name: plain(rows[name]) for name in names if wanted is None or name in wanted}
+    columns = {name: plain(rows[name]) for name in names_of(rows) if wanted is None or name in wanted}
     # Of a single row, text and numbers are no lists, tokens are numbers, and turns are mappings.
     whole = [columns[name] for name in ("input_ids", "messages", "conversations", "prompt") if name in columns]
     if not all(isinstance(column, list) for column in columns.values()) or any(
