@@ -28,7 +28,7 @@ from .tokenized import EncodedRow, RowError, Sample, untouched
 REFERENCE = "token_reference_error"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class EUScorer:
     """Scores rows under a model. Use as `dataset.map(EUScorer(model, tokenizer), batched=True)`.
 
