@@ -35,7 +35,8 @@ STYLE: dict[Any, Any] = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xti
 }  # fmt: skip
 # What is hard and uncertain need not be noise.
 LABELS = {NOISE: "noise (hard and uncertain)"}
-CORNERS = {NOISE: (0.99, 0.99), MISCONCEPTION: (0.01, 0.99), REDUNDANT: (0.01, 0.01), CALIBRATION: (0.99, 0.01)}
+# Between the names of the thresholds, which stand at the edges.
+CORNERS = {NOISE: (0.99, 0.96), MISCONCEPTION: (0.01, 0.96), REDUNDANT: (0.01, 0.04), CALIBRATION: (0.99, 0.04)}
 FORMATS = (".png", ".svg", ".pdf")
 MOST_POINTS = 20_000
 

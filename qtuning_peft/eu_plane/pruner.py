@@ -234,6 +234,10 @@ class EUPruner:
             if name == f"token_{score}" and {score, name} & {*SCORES}:
                 if len(values) != len(kept):
                     raise mismatch(len(kept), len(values))
+                if len(values) != len(kept):
+                    raise mismatch(len(kept), len(values))
+                if len(values) != len(kept):
+                    raise mismatch(len(kept), len(values))
                 trimmed[name] = np.asarray(values)[kept].tolist()
                 if score in {*SCORES} & {*row}:
                     trimmed[score] = float(np.mean(trimmed[name]))
