@@ -81,8 +81,6 @@ def each_ends_well(file: Path) -> None:
         for name in ("kept.jsonl", "kept.parquet"):
             write_data(kept, file.with_name(name))
         if crc32(file.read_bytes()) % 4 == 0:  # a report takes longer than all else
-            if crc32(file.read_bytes()) % 4 == 0:  # a report takes longer than all else
-            if crc32(file.read_bytes()) % 4 == 0:  # a report takes longer than all else
             write_report(data[0], TOKENIZER, pruner, file.with_name("report.html"), examples=1)
 
     steps: list[Callable[[], object]] = [read]

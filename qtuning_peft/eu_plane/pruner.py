@@ -18,7 +18,7 @@ import pandas as pd
 
 from ..loss import IGNORE_INDEX
 from ..registry import option
-from .scores import SCORES, scores_of
+from .scores import SCORES, scores_of, token_columns
 from .selection import DEGENERATE, KEEP, SAMPLE_STRATEGIES, TRIM, UNSCORED, Budget, Pruned, SampleStrategy
 from .table import Data, columns_of, mismatch, rank_correlation, read_table, require, supervised
 from .tokens import TOKEN_STRATEGIES, keep_lowest, kept_counts, protected_tokens
@@ -229,18 +229,12 @@ class EUPruner:
         labels = np.array(row["labels"], np.int64)
         labels[np.flatnonzero(labels != IGNORE_INDEX)[~kept]] = IGNORE_INDEX
         trimmed = dict(row) | {"labels": labels.tolist(), "supervised_tokens": int(kept.sum())}
-        for name, values in row.items():
-            score = name.removeprefix("token_")
-            if name == f"token_{score}" and {score, name} & {*SCORES}:
-                if len(values) != len(kept):
-                    raise mismatch(len(kept), len(values))
-                if len(values) != len(kept):
-                    raise mismatch(len(kept), len(values))
-                if len(values) != len(kept):
-                    raise mismatch(len(kept), len(values))
-                trimmed[name] = np.asarray(values)[kept].tolist()
-                if score in {*SCORES} & {*row}:
-                    trimmed[score] = float(np.mean(trimmed[name]))
+        for name in token_columns() & row.keys():
+            if len(row[name]) != len(kept):
+                raise mismatch(len(kept), len(row[name]))
+            trimmed[name] = np.asarray(row[name])[kept].tolist()
+            if (score := name.removeprefix("token_")) in {*SCORES} & {*row}:
+                trimmed[score] = float(np.mean(trimmed[name]))
         return trimmed
 
     def _protected(self, tokens: Sequence[int]) -> np.ndarray:

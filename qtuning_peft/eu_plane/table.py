@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..loss import IGNORE_INDEX
-from .scores import SCORES, scores_of
+from .scores import SCORES, scores_of, token_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,7 +66,7 @@ def numbers(data: Data, name: str) -> np.ndarray:
 def check_lists(data: Data) -> None:
     """Refuse a data set whose tokens or scores of tokens, which files may hold in any type, are no lists of numbers."""
     look: Any = data.with_format("arrow") if hasattr(data, "with_format") else {}
-    for name in sorted({"input_ids", "labels", *(f"token_{score}" for score in SCORES)} & {*names_of(look)}):
+    for name in sorted({"input_ids", "labels", *token_columns()} & {*names_of(look)}):
         integers = name in ("input_ids", "labels")
         try:
             column = look[name][:].cast(pa.list_(pa.int64() if integers else pa.float64()))
