@@ -69,8 +69,12 @@ def check_lists(data: Data) -> None:
     for name in sorted({"input_ids", "labels", *token_columns()} & {*names_of(look)}):
         integers = name in ("input_ids", "labels")
         try:
-            column = look[name][:].cast(pa.list_(pa.int64() if integers else pa.float64()))
+            given = look[name][:]
+            column = given.cast(pa.list_(pa.int64() if integers else pa.float64()))
             broken = column.null_count or pc.list_flatten(column).null_count
+            # Text and truth values can be cast, too.
+            right = (pa.types.is_integer, pa.types.is_null, *([] if integers else [pa.types.is_floating]))
+            broken = broken or not any(check(given.type.value_type) for check in right)
         except pa.ArrowException:
             broken = True
         if broken:
