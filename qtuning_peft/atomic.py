@@ -1,4 +1,4 @@
-"""Files and folders that appear, or are replaced, only when they are complete."""
+"""Files and folders that appear, or are replaced, only when they are complete, and by one process at a time."""
 
 import os
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
+from filelock import FileLock, Timeout
 
 
 @contextmanager
@@ -38,6 +39,20 @@ def replacing(path: Path) -> Iterator[Path]:
                 raise
         else:
             os.replace(unfinished, path)
+
+
+@contextmanager
+def alone_with(path: Path) -> Iterator[None]:
+    """Hold a lock beside `path`, which is about to be made; a `ValueError` when another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(f".{path.name}.lock")
+    try:
+        with FileLock(file, timeout=0):
+            yield
+            # Who waits for no lock cannot get this one after it is gone.
+            file.unlink(missing_ok=True)
+    except Timeout as error:
+        raise ValueError(f"Another process is at work on {path}; wait for it, or choose another output.") from error
 
 
 def _clean_up_after_killed(path: Path) -> None:

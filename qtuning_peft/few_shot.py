@@ -20,7 +20,7 @@ BEFORE = (
 MARK = BEFORE.partition("EXAMPLES")[0]
 
 
-def add_few_shot_examples(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> None:
+def add_few_shot_examples(tokenizer: Any, messages: Sequence[Mapping[str, str]], max_length: int | None = None) -> None:
     """Put `messages` behind the system prompt of every conversation that `tokenizer` renders from now on.
 
     Train on the answer alone (TRL: `prompt` and `completion` columns): the examples are not to be memorized.
@@ -28,9 +28,11 @@ def add_few_shot_examples(tokenizer: Any, messages: Sequence[Mapping[str, str]])
     Args:
         tokenizer: One with a chat template, which is changed. `save_pretrained` saves it.
         messages: Turns with `role` and `content`, a user's and the assistant's by turns.
+        max_length: Tokens at which training cuts rows, if the tokenizer's own `model_max_length` is not what counts.
 
     Raises:
-        ValueError: when `messages` are not such turns, or the tokenizer has no chat template, or one with examples.
+        ValueError: when `messages` are not such turns, or the tokenizer has no chat template, or one with examples, or
+            rows would be cut before they reach a prompt of their own.
     """
     turns = [{"role": message.get("role"), "content": message.get("content")} for message in messages]
     if not turns or len(turns) % 2:
@@ -50,5 +52,16 @@ def add_few_shot_examples(tokenizer: Any, messages: Sequence[Mapping[str, str]])
         raise ValueError(
             "tokenizer.chat_template has few-shot examples already; load the tokenizer anew to choose others."
         )
+    longest, field = (
+        (max_length, "max_length") if max_length else (tokenizer.model_max_length, "tokenizer.model_max_length")
+    )
+    if longest < 2**31:  # transformers gives a number beyond that to tokenizers without one
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        length = len(tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
+        if length >= longest:
+            raise ValueError(
+                f"The few-shot examples are {length} tokens, and rows are cut at {field}, {longest}: nothing of a row "
+                "would be left; give fewer or shorter examples, or raise the maximum."
+            )
     # Jinja reads JSON's lists, mappings and strings; characters beyond ASCII as they are, for it has no surrogates.
     tokenizer.chat_template = BEFORE.replace("EXAMPLES", json.dumps(turns, ensure_ascii=False)) + template

@@ -7,7 +7,7 @@ entry point group `qtuning_peft.extensions`, which names modules to import.
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import Field
+from dataclasses import Field, field
 from importlib.metadata import entry_points
 from reprlib import repr as short
 from typing import Any, Generic, TypeVar
@@ -66,6 +66,11 @@ def help_of(field: Field[Any]) -> str:
     choices = field.metadata.get("choices")
     text: str = field.metadata["help"]
     return f"{text} {choices.describe()}." if isinstance(choices, Registry) else text
+
+
+def option(default: Any, help: str, choices: Any = None) -> Any:
+    """A dataclass field with its help, for `help_of`."""
+    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 def load_extensions() -> None:

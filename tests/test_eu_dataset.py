@@ -286,7 +286,8 @@ def test_an_adapter_can_be_scored_from_the_command_line(tmp_path: Path, checkpoi
     )
     errors = []
     for model in (checkpoint, tmp_path / "adapter"):
-        result = run("score", tmp_path / "rows.jsonl", model, "-o", tmp_path / "out.jsonl", "--no-chat-template")
+        output = ("-o", tmp_path / "out.jsonl", "--overwrite")
+        result = run("score", tmp_path / "rows.jsonl", model, *output, "--no-chat-template")
         assert result.exit_code == 0, result.stderr
         errors.append(read_data(tmp_path / "out.jsonl")["error"][0])
     assert abs(errors[0] - errors[1]) > 1e-4

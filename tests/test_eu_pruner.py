@@ -266,7 +266,7 @@ def test_pieces_put_together_are_the_text() -> None:
         ({"sample_ratio": 0.5, "token_ratio": -1}, "token_ratio is -1"),
         ({"num_tokens": 0}, "num_tokens is 0"),
         ({}, "No budget is given"),
-        ({"sample_ratio": 0.5, "num_samples": 3}, "sample_ratio and num_samples is given"),
+        ({"sample_ratio": 0.5, "num_samples": 3}, "sample_ratio and num_samples are given"),
         ({"sample_ratio": 0.5, "strategy": "best"}, "strategy is 'best'; choose one of eu_plane, random"),
         ({"sample_ratio": 0.5, "keep_tokens": "top"}, "keep_tokens is 'top'"),
         ({"sample_ratio": 0.5, "neighbour_weight": 2}, "neighbour_weight is 2"),

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..eu_plane import EUPruner, EUScorer
 from . import data as commands
 from .hub import info, pull, push
 from .recipes import app as recipes_app
@@ -63,9 +64,9 @@ def sft(context: typer.Context) -> None:
         trl.main(context.args)
 
 
-app.command()(commands.Command(commands.score, commands.score_options))
-app.command()(commands.Command(commands.prune, commands.pruner_options))
-app.command()(commands.Command(commands.plot, commands.pruner_options))
+app.command()(commands.Command(commands.score, EUScorer))
+app.command()(commands.Command(commands.prune, EUPruner))
+app.command()(commands.Command(commands.plot, EUPruner))
 for command in (push, pull, info):
     app.command()(command)
 app.add_typer(recipes_app)

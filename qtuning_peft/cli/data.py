@@ -4,12 +4,11 @@ Files of JSON lines, Parquet, or folders of `Dataset.save_to_disk`; what the out
 """
 
 import inspect
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import partial, update_wrapper
+from functools import update_wrapper
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -19,12 +18,12 @@ from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
 
+from ..atomic import alone_with
 from ..eu_plane.dataset import score as score_dataset
 from ..eu_plane.files import check_output, read_data, write_data
 from ..eu_plane.plot import plot_plane
 from ..eu_plane.pruner import EUPruner
 from ..eu_plane.report import write_report
-from ..eu_plane.scores import ALWAYS, SCORES
 from ..loading import load_model, load_tokenizer
 from ..registry import help_of
 
@@ -32,8 +31,15 @@ console = Console(stderr=True)
 
 ScoredData = Annotated[Path, typer.Argument(help="Scored data: .jsonl, .parquet, or a folder of save_to_disk.")]
 Split = Annotated[str | None, typer.Option(help="Split to read, if the folder holds several.")]
-# Types that a shell can give.
-FROM_A_SHELL = {"tokenizer": str | None, "protect": list[str]}
+# What a user can cause; an error of the connection is an HTTPError alone.
+USER_ERRORS = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, HTTPError)
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there already.")]
+# Options of the library that a shell gives in another type, or under the name of one of several.
+FROM_A_SHELL: dict[str, Any] = {
+    "tokenizer": str | None, "protect": list[str], "columns": list[str] | None, "scores": list[str],
+    "reference_model": str | None,
+}  # fmt: skip
+REPEATABLE = {"columns": "--column", "scores": "--score"}
 
 
 def printable(value: object) -> str:
@@ -52,22 +58,20 @@ def one_sentence() -> Iterator[None]:
         )
         try:
             yield
-        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, HTTPError) as error:
-            # An error of the connection is an HTTPError alone.
+        except USER_ERRORS as error:
             console.print(f"[bold red]Error:[/] {printable(error)}", highlight=False)
             raise typer.Exit(1) from error
 
 
-# By name: type, default and help.
-Options = dict[str, tuple[Any, Any, str]]
-
-
 class Command:
-    """A function as a command, its docstring the help; `options` makes what stands for `**options` when it is asked."""
+    """A function as a command, its docstring the help; the fields of `config` with a help stand for its `**options`.
 
-    def __init__(self, function: Callable[..., None], options: Callable[[], Options]) -> None:
+    They are read when they are asked for, with the choices that are registered then.
+    """
+
+    def __init__(self, function: Callable[..., None], config: type) -> None:
         update_wrapper(self, function)
-        self.function, self.options = function, options
+        self.function, self.config = function, config
 
     def __call__(self, **arguments: Any) -> None:
         """Run the command."""
@@ -76,26 +80,15 @@ class Command:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        own = inspect.signature(self.function, eval_str=True).parameters.values()
-        keyword = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
-        made = [
-            keyword(name, annotation=of_type, default=typer.Option(default, help=text))
-            for name, (of_type, default, text) in self.options().items()
-        ]
-        return inspect.Signature([*(own_one for own_one in own if own_one.kind != own_one.VAR_KEYWORD), *made])
-
-
-def score_options() -> Options:
-    """The scores that can be added."""
-    listed = "; ".join(f"{name}: {SCORES.help_of(name)}" for name in SCORES if name not in ALWAYS)
-    return {"score": (list[str], [], f"Score to add; repeatable. {listed}.")}
-
-
-def pruner_options() -> Options:
-    """The options of `EUPruner`; `per_batch` has no use on files."""
-    types = get_type_hints(EUPruner) | FROM_A_SHELL
-    chosen = [option for option in fields(EUPruner) if option.init and option.name != "per_batch"]
-    return {option.name: (types[option.name], option.default, help_of(option)) for option in chosen}
+        own = [*inspect.signature(self.function, eval_str=True).parameters.values()][:-1]
+        types = get_type_hints(self.config) | FROM_A_SHELL
+        for field in fields(self.config):
+            # Files have no batches.
+            if "help" in field.metadata and field.name != "per_batch":
+                names = [REPEATABLE[field.name]] if field.name in REPEATABLE else []
+                option = typer.Option(field.default, *names, help=help_of(field))
+                own.append(own[0].replace(name=field.name, annotation=types[field.name], default=option))
+        return inspect.Signature(own)
 
 
 def make_pruner(options: dict[str, Any]) -> EUPruner:
@@ -109,19 +102,13 @@ def score(
     model: Annotated[str, typer.Argument(help="Model, or adapter: a folder, or a name on the Hub.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the scored data goes.")],
     split: Split = None,
-    column: Annotated[
-        list[str] | None, typer.Option(help="Your name of a column, such as prompt=question; repeatable.")
-    ] = None,
-    chat_template: Annotated[bool, typer.Option(help="Put prompts through the model's chat template.")] = True,
-    max_length: Annotated[int | None, typer.Option(help="Longer rows get no score; by default the context.")] = None,
-    tokens_per_batch: Annotated[int, typer.Option(help="Tokens in a forward pass, padding included.")] = 4096,
     load_in_4bit: Annotated[bool, typer.Option(help="Quantize the model to NF4 with bitsandbytes.")] = False,
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file in the model's folder.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's.")] = "auto",
-    reference_model: Annotated[str | None, typer.Option(help="Also score tokens under this model, for rho1.")] = None,
     resume_dir: Annotated[
         Path | None, typer.Option(help="Folder for finished parts; by default beside the output, removed at the end.")
     ] = None,
+    overwrite: Overwrite = False,
     **options: Any,
 ) -> None:
     """Score every sample on the Error-Uncertainty plane.
@@ -129,20 +116,18 @@ def score(
     Interrupted and started again, it goes on where it stopped. Rows may have messages, prompt and completion,
     instruction and output, text, or input_ids and labels.
     """
-    check_output(output)
-    columns = dict(_pair(entry) for entry in column or [])
-    rows = read_data(data, split)
-    loaded, tokenizer = load_model(model, load_in_4bit, gguf_file, dtype)
-    reference = load_model(reference_model, load_in_4bit, dtype=dtype)[0] if reference_model else None
+    check_output(output, overwrite)
+    options["columns"] = dict(_pair(entry) for entry in options["columns"] or [])
     parts = resume_dir or output.with_name(f"{output.name}.parts")
-    scored = score_dataset(
-        rows, loaded, tokenizer, resume_dir=parts,
-        columns=columns, chat_template=chat_template, max_length=max_length, tokens_per_batch=tokens_per_batch,
-        scores=options["score"] or (), reference_model=reference,
-    )  # fmt: skip
-    write_data(scored, output)
-    if resume_dir is None:
-        remove_parts(parts)
+    with alone_with(output):
+        rows = read_data(data, split)
+        loaded, tokenizer = load_model(model, load_in_4bit, gguf_file, dtype)
+        if options["reference_model"]:
+            options["reference_model"] = load_model(options["reference_model"], load_in_4bit, dtype=dtype)[0]
+        scored = score_dataset(rows, loaded, tokenizer, resume_dir=parts, **options)
+        write_data(scored, output, overwrite)
+        if resume_dir is None:
+            remove_parts(parts)
     console.print(f"{len(scored)} rows scored: {output}", highlight=False)
 
 
@@ -150,14 +135,16 @@ def prune(
     data: ScoredData,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the kept rows go.")],
     split: Split = None,
+    overwrite: Overwrite = False,
     **options: Any,
 ) -> None:
     """Keep the best of scored data. Runs no model: prune again with other ratios as often as you like."""
-    check_output(output)
+    check_output(output, overwrite)
     pruner = make_pruner(options)
     rows = read_data(data, split)
     pruner.fit(rows)
-    write_data(rows.map(pruner, batched=True, keep_in_memory=True), output)
+    with alone_with(output):
+        write_data(rows.map(pruner, batched=True, keep_in_memory=True), output, overwrite)
     console.print(f"{pruner.pruned}: {output}", highlight=False)
 
 
@@ -189,9 +176,8 @@ def plot(
 
 def remove_parts(folder: Path) -> None:
     """Remove finished parts, and their folder if nothing else is in it."""
-    for part in folder.glob("*.arrow"):
-        if re.fullmatch(r"[0-9a-f]{16}", part.stem):
-            part.unlink()
+    for part in folder.glob(f"{'[0-9a-f]' * 16}.arrow"):
+        part.unlink()
     if not any(folder.iterdir()):
         folder.rmdir()
 

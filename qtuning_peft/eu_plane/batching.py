@@ -28,31 +28,27 @@ PLANE = ("error", "uncertainty")
 
 
 def run(
-    model: nn.Module, samples: Sequence[Sample], num_rows: int, tokens_per_batch: int, names: Sequence[str] = PLANE,
-    on_progress: Callable[[int], None] | None = None,
+    model: nn.Module, samples: Sequence[Sample], tokens_per_batch: int, names: Sequence[str] = PLANE,
+    on_progress: Callable[[int], object] | None = None,
 ) -> dict[str, list[np.ndarray]]:  # fmt: skip
-    """Scores `names` of the supervised tokens of `samples`, joined by row: for each row (supervised tokens,), float64.
+    """Scores `names` of the supervised tokens of `samples`: for each sample (supervised tokens,), float64.
 
     `tokens_per_batch` counts padding; `on_progress` is called with the number of samples of each batch.
     """
     # Longest first, so that a batch that does not fit in memory is the first one.
     order = sorted(range(len(samples)), key=lambda index: -len(samples[index].input_ids))
+    ordered = [samples[index] for index in order]
     device = causal_model(model).get_input_embeddings().weight.device
-    found: dict[int, np.ndarray] = {}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
     with torch.inference_mode(), eval_mode(model):
-        for batch in batches([len(samples[index].input_ids) for index in order], tokens_per_batch):
-            chosen = [order[index] for index in batch]
-            members = [samples[index] for index in chosen]
-            found |= zip(
-                chosen, by_sample(token_scores(model, *right_padded(members, device), names), members), strict=True
-            )
+        for batch in batches([len(sample.input_ids) for sample in ordered], tokens_per_batch):
+            members = ordered[batch.start : batch.stop]
+            for name, values in by_sample(token_scores(model, *right_padded(members, device), names), members).items():
+                found[name] += values
             if on_progress is not None:
-                on_progress(len(chosen))
-    rows = [[np.zeros((len(names), 0))] for _ in range(num_rows)]
-    for index, sample in enumerate(samples):
-        rows[sample.row].append(found[index])
-    joined = [np.concatenate(parts, axis=1) for parts in rows]
-    return {name: [values[place] for values in joined] for place, name in enumerate(names)}
+                on_progress(len(members))
+    back = np.argsort(order)
+    return {name: [values[index] for index in back] for name, values in found.items()}
 
 
 def token_scores(
@@ -89,11 +85,10 @@ def scores_of_logits(logits: Tensor, targets: Tensor, names: Sequence[str] = PLA
     return {name: SCORES[name].of(predictions) for name in names}
 
 
-def by_sample(scores: dict[str, Tensor], samples: Sequence[Sample]) -> list[np.ndarray]:
-    """Scores that follow each other sample after sample, taken apart: for each (scores, supervised tokens), float64."""
-    stacked = torch.stack([*scores.values()]).double().cpu().numpy()
+def by_sample(scores: dict[str, Tensor], samples: Sequence[Sample]) -> dict[str, list[np.ndarray]]:
+    """Scores that follow each other sample after sample, taken apart: for each (supervised tokens,), float64."""
     ends = np.cumsum([sum(label != IGNORE_INDEX for label in sample.labels) for sample in samples])
-    return np.split(stacked, ends[:-1], axis=1)
+    return {name: np.split(values.double().cpu().numpy(), ends[:-1]) for name, values in scores.items()}
 
 
 def batches(lengths: Sequence[int], tokens_per_batch: int) -> list[range]:
@@ -108,14 +103,16 @@ def batches(lengths: Sequence[int], tokens_per_batch: int) -> list[range]:
 
 def right_padded(samples: Sequence[Sample], device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
     """`input_ids`, `attention_mask` (`None` without padding) and `labels`, each (samples, longest), int64."""
-
-    def padded(rows: Sequence[list[int]], fill: int) -> Tensor:
-        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill).to(device)
-
     # Any token will do for padding: it is masked, and no tokenizer needs to have one.
-    input_ids = padded([sample.input_ids for sample in samples], 0)
-    mask = padded([[1] * len(sample.input_ids) for sample in samples], 0)
-    return input_ids, None if mask.all() else mask, padded([sample.labels for sample in samples], IGNORE_INDEX)
+    input_ids, mask, labels = (
+        pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill).to(device)
+        for rows, fill in (
+            ([sample.input_ids for sample in samples], 0),
+            ([[1] * len(sample.input_ids) for sample in samples], 0),
+            ([sample.labels for sample in samples], IGNORE_INDEX),
+        )
+    )
+    return input_ids, None if mask.all() else mask, labels
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """Scoring and pruning a whole data set: with a progress bar, resumable, and in one line.
 
-Data is scored in parts. A part's file is named by a hash of its rows, the model and the settings, and appears when it
-is complete: started again, scoring computes only what is not there, and the result is the same to the bit.
+Data is scored in parts. A part's file is named by a hash of its rows, the model and the settings, appears when it is
+complete, and ends in a checksum: started again, scoring computes only what is not there, or damaged, and the result is
+the same to the bit.
 """
 
+import logging
 import os
 import tempfile
 from functools import partial
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import xxhash
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
 from datasets.fingerprint import Hasher
 from torch import nn
@@ -18,8 +21,10 @@ from tqdm.auto import tqdm
 
 from ..atomic import replacing
 from .pruner import EUPruner
-from .scorer import EUScorer
+from .scorer import EUScorer, refuse_own
 
+logger = logging.getLogger(__name__)
+CHECKSUM_BYTES = 16
 Data = TypeVar("Data", Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
 
 
@@ -81,8 +86,9 @@ def _score(
 ) -> Dataset:
     if not len(dataset):
         raise ValueError("The data is empty; there is nothing to score.")
+    refuse_own(dataset.column_names)
     scorer.encoder.format_of(dataset.column_names)
-    dataset = dataset.with_format(None)
+    look, dataset = dataset.format, dataset.with_format(None)
     fingerprint, parts = scorer.fingerprint(), []
     bar = tqdm(total=len(dataset), desc="Scoring", unit=" rows", disable=not progress)
     with bar, tempfile.TemporaryDirectory() as temporary:
@@ -94,14 +100,12 @@ def _score(
             indices = range(start, min(start + rows_per_part, len(dataset)))
             rows = dataset[indices.start : indices.stop]
             file = folder / f"{Hasher.hash([fingerprint, rows])}.arrow"
-            part = _read(file, len(indices))
+            part = _read_part(file)
             if part is None:
                 scorer.on_progress = bar.update
                 part = Dataset.from_dict(scorer(rows, indices))
                 scorer.on_progress = None
-                table = part.data.table
-                with replacing(file) as unfinished, pa.ipc.new_stream(str(unfinished), table.schema) as writer:
-                    writer.write_table(table)
+                _write_part(file, part.data.table)
             else:
                 bar.set_postfix_str("resumed")
             # Rows that were not run, or as several samples.
@@ -110,14 +114,31 @@ def _score(
             parts.append(part)
     scores = concatenate_datasets(parts)
     others = [name for name in dataset.column_names if name not in scores.column_names]
-    return concatenate_datasets([dataset.select_columns(others), scores], axis=1) if others else scores
+    scored = concatenate_datasets([dataset.select_columns(others), scores], axis=1) if others else scores
+    return scored.with_format(look["type"], **look["format_kwargs"])
 
 
-def _read(file: Path, rows: int) -> Dataset | None:
-    """The finished part in `file`, if there is a whole one."""
-    try:
-        # In memory, as `datasets` would otherwise keep its caches in that folder, which may be deleted.
-        part = Dataset.from_file(str(file), in_memory=True)
-    except (OSError, pa.ArrowInvalid):
+def _write_part(file: Path, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    content = sink.getvalue().to_pybytes()
+    with replacing(file) as unfinished:
+        unfinished.write_bytes(content + _checksum(file, content))
+
+
+def _read_part(file: Path) -> Dataset | None:
+    """The finished part in `file`, if there is one that is as it was written, in memory: the folder may be deleted."""
+    if not file.is_file():
         return None
-    return part if len(part) == rows and {"error", "labels", "unscored"} <= {*part.column_names} else None
+    content = file.read_bytes()
+    content, checksum = content[:-CHECKSUM_BYTES], content[-CHECKSUM_BYTES:]
+    if checksum != _checksum(file, content):
+        logger.warning("%s is damaged; its rows are scored again.", file)
+        return None
+    return Dataset(pa.ipc.open_stream(content).read_all())
+
+
+def _checksum(file: Path, content: bytes) -> bytes:
+    # With its name: a part under another's name holds the scores of other rows.
+    return xxhash.xxh3_128_digest(file.stem.encode() + content)

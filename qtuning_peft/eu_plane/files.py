@@ -3,11 +3,11 @@
 import json
 import math
 import os
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_from_disk
 
@@ -21,9 +21,10 @@ def read_data(path: Path, split: str | None = None) -> Dataset:
     if path.is_dir():
         try:
             data = load_from_disk(str(path))
-        except FileNotFoundError as error:
-            advice = "name a file or one made by save_to_disk"
-            raise ValueError(f"{path} is a folder that datasets did not write; {advice}.") from error
+        except Exception as error:
+            # Whatever datasets and Arrow make of files that are damaged, or not theirs.
+            advice = "name a file, or a folder made by save_to_disk"
+            raise ValueError(f"{path} is a folder that datasets cannot read ({cause(error)}); {advice}.") from error
         if isinstance(data, DatasetDict):
             if split not in data:
                 raise ValueError(f"{path} holds the splits {', '.join(data)}; choose one with --split.")
@@ -44,8 +45,8 @@ def _read_file(path: Path) -> Dataset:
     if suffix == ".parquet":
         try:
             return Dataset(pq.read_table(path))
-        except (pa.ArrowException, ValueError) as error:
-            raise ValueError(f"{path} is no Parquet file: {str(error).splitlines()[0]}.") from error
+        except Exception as error:
+            raise ValueError(f"{path} is no Parquet file, or a damaged one: {cause(error)}.") from error
     if suffix not in JSON_LINES:
         raise ValueError(f"{path.name} ends in {path.suffix or 'nothing'}; it must be .jsonl or .parquet, or a folder.")
     rows = list(_json_rows(path))
@@ -53,9 +54,14 @@ def _read_file(path: Path) -> Dataset:
     names = list(dict.fromkeys(name for row in rows for name in row))
     try:
         return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
-    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        cause = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} has a column of several types, or of values too large: {cause}.") from error
+    except Exception as error:
+        raise ValueError(f"{path} has a column of several types, or of values too large: {cause(error)}.") from error
+
+
+def cause(error: Exception) -> str:
+    """The first line of an error of another library, shortened."""
+    lines = str(error).strip().splitlines()
+    return textwrap.shorten(lines[0].rstrip(".") if lines else type(error).__name__, 200)
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -64,8 +70,8 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
     if content.lstrip().startswith(b"["):
         try:
             rows = json.loads(content.decode())
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON array: {error}.") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no JSON array: {cause(error)}.") from error
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError(f"{path} is an array of something other than objects; make every entry a row.")
         yield from rows
@@ -74,15 +80,15 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
         if line.strip():
             try:
                 row = json.loads(line.decode())
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number} is no JSON object; repair or remove it.")
             yield row
 
 
-def check_output(path: Path) -> None:
-    """Refuse, with a ValueError, a place that `write_data` could not write to, before any work is done."""
+def check_output(path: Path, overwrite: bool = True) -> None:
+    """Refuse, with a ValueError, a place that `write_data` could not, or should not, write to, before work is done."""
     suffix = path.suffix.lower()
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise ValueError(f"{path} is neither a file nor a folder; choose another output.")
@@ -95,15 +101,17 @@ def check_output(path: Path) -> None:
         raise ValueError(f"{path} is a file; name a folder.")
     elif path.is_dir() and any(path.iterdir()) and not (path / "dataset_info.json").is_file():
         raise ValueError(f"{path} holds something other than a data set; name another folder.")
+    if not overwrite and (path.is_file() or (path / "dataset_info.json").is_file()):
+        raise ValueError(f"{path} is there already; choose another output, or give --overwrite.")
     # The nearest folder that exists decides.
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"{parent} is not a folder that can be written to; choose another output.")
 
 
-def write_data(data: Dataset, path: Path) -> None:
+def write_data(data: Dataset, path: Path, overwrite: bool = True) -> None:
     """Write `data` as the ending of `path` says: `.jsonl`, `.parquet`, or none for a folder; replaced when complete."""
-    check_output(path)
+    check_output(path, overwrite)
     with replacing(path) as unfinished:
         if path.suffix.lower() in JSON_LINES:
             # Dataset.to_json rounds to ten digits; thresholds are compared with what is read again.

@@ -5,17 +5,21 @@ Finished parts are found again by it, so a change that it leaves out would find 
 
 import json
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
+import bitsandbytes
 import torch
 import xxhash
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..head import causal_model
 
 # Changes when scores change for the same input.
-VERSION = 2
+VERSION = 3
+CHUNK_BYTES = 2**26
 
 
 def fingerprint(settings: Sequence[Any], tokenizer: Any, models: Sequence[nn.Module]) -> str:
@@ -32,7 +36,7 @@ def fingerprint(settings: Sequence[Any], tokenizer: Any, models: Sequence[nn.Mod
 
 
 def add_model(digest: xxhash.xxh3_128, model: nn.Module) -> None:
-    """Add a model's configuration, its adapters' state and its weights, those of disabled adapters excepted."""
+    """Add a model's configuration, its adapters' state, and its weights and buffers but for disabled adapters'."""
     digest.update(stable(causal_model(model).config.to_dict()))
     unused: list[str] = []
     for path, module in model.named_modules():
@@ -40,13 +44,40 @@ def add_model(digest: xxhash.xxh3_128, model: nn.Module) -> None:
             digest.update(stable([module.active_adapters, module.disable_adapters]))
             if module.disable_adapters:
                 unused += [f"{path}.{name}." for name in module.adapter_layer_names + module.other_param_names]
-    for name, parameter in model.named_parameters():
-        # Quantized weights are left out: some kernels repack them in place, and they do not change in training.
-        if parameter.is_floating_point() and not parameter.is_meta and not name.startswith(tuple(unused)):
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for name, value in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
+        if not name.startswith(tuple(unused)):
+            module = model.get_submodule(name.rpartition(".")[0])
+            for part in parts_of(value, module):
+                add_tensor(digest, name, part)
     for name, config in sorted(getattr(model, "peft_config", {}).items()):
         digest.update(stable([name, config.to_dict()]))
+
+
+def parts_of(value: Any, module: nn.Module) -> list[Any]:
+    """The tensors that a parameter or buffer of `module` consists of, the same however kernels have repacked it."""
+    if (state := getattr(value, "quant_state", None)) is not None:  # 4 bits, of bitsandbytes
+        packed, absmax = value.data, state.absmax
+        if getattr(state, "packing_format_for_cpu", False):
+            # By a kernel, in place, with scales rounded to bfloat16. On a copy: the inverse also changes the state.
+            state, absmax = copy(state), absmax.T
+            state.original_nested = False
+            packed, _ = bitsandbytes.functional._convert_weight_packed_for_cpu_inverse(packed, state)
+        elif state.nested:
+            absmax = bitsandbytes.functional.dequantize_blockwise(absmax, state.state2) + state.offset
+        return [packed, absmax.reshape(-1).bfloat16(), state.code]
+    if is_traceable_wrapper_subclass(value):
+        return [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+    # 8 bits, of bitsandbytes: the first pass moves the scales from the weight to the layer.
+    scales = [getattr(value, "SCB", None), getattr(getattr(module, "state", None), "SCB", None)]
+    return [value, *(scale for scale in scales if scale is not None)]
+
+
+def add_tensor(digest: xxhash.xxh3_128, name: str, value: torch.Tensor) -> None:
+    """Add the name, type, shape and bytes of a tensor; of one that is elsewhere (`meta`) there are none."""
+    digest.update(stable([name, str(value.dtype), value.shape]))
+    if not value.is_meta:
+        for chunk in value.detach().contiguous().flatten().view(torch.uint8).split(CHUNK_BYTES):
+            digest.update(chunk.cpu().numpy())
 
 
 def stable(value: Any) -> bytes:

@@ -18,7 +18,7 @@ from .pruner import EUPruner
 from .quadrants import CALIBRATION, MISCONCEPTION, NOISE, REDUNDANT, Thresholds
 from .selection import DEGENERATE, DROPPED, KEPT, SAMPLE_STRATEGIES, UNSCORED
 from .strategies import EUPlane
-from .table import Data, names_of, rank_correlation, require
+from .table import Data, names_of, numbers, rank_correlation, require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +33,10 @@ INK = "#24292f"
 STYLE: dict[Any, Any] = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK) | {
     "axes.spines.top": False, "axes.spines.right": False
 }  # fmt: skip
+# What is hard and uncertain need not be noise.
+LABELS = {NOISE: "noise (hard and uncertain)"}
+# Between the names of the thresholds, which stand at the edges.
+CORNERS = {NOISE: (0.99, 0.96), MISCONCEPTION: (0.01, 0.96), REDUNDANT: (0.01, 0.04), CALIBRATION: (0.99, 0.04)}
 FORMATS = (".png", ".svg", ".pdf")
 MOST_POINTS = 20_000
 
@@ -64,7 +68,7 @@ def plot_plane(
         raise ImportError("Drawing the plane needs matplotlib: pip install 'qtuning-peft[plot]'.") from error
 
     require(("error", "uncertainty"), names_of(scored))
-    y, x = (np.array(scored[name][:], np.float64) for name in ("error", "uncertainty"))
+    y, x = (numbers(scored, name) for name in ("error", "uncertainty"))
     shown = np.isfinite(x) & np.isfinite(y)
     if not shown.any():
         raise ValueError(f"None of the {len(shown)} rows has a score; there is nothing to draw.")
@@ -95,14 +99,21 @@ def plot_plane(
 
     bars: dict[str, Any] = {"stacked": True, "color": [COLOURS[name] for name in groups], "linewidth": 0}
     bars["bins"] = int(np.clip(2 * np.sqrt(len(x)), 12, 60))
-    above.hist([x[members] for members in groups.values()], range=view[0], **bars)
-    right.hist([y[members] for members in groups.values()], range=view[1], orientation="horizontal", **bars)
-    above.axis("off")
-    right.axis("off")
+    for axes, values, limits, direction in (
+        (above, x, view[0], {}),
+        (right, y, view[1], {"orientation": "horizontal"}),
+    ):
+        axes.hist([values[members] for members in groups.values()], range=limits, **bars | direction)
+        axes.axis("off")
 
     if pruner is not None:
         if not pruner.per_batch and isinstance(pruner.fitted, EUPlane):
             _lines(plane, pruner.fitted.thresholds)
+        if NOISE in groups:
+            for name, (across, up) in CORNERS.items():
+                align = {"ha": "right" if across > 0.5 else "left", "va": "top" if up > 0.5 else "bottom"}
+                style: dict[str, Any] = {"color": COLOURS[name], "weight": "bold", "fontsize": 9} | align
+                plane.text(across, up, LABELS.get(name, name), transform=plane.transAxes, **style)
         names = {group: f"{group}: {int(members.sum()):,}" for group, members in groups.items()}
         dot: dict[str, Any] = {"marker": "o", "linestyle": ""}
         handles = [Line2D([], [], color=COLOURS[group], label=name, **dot) for group, name in names.items()]
@@ -112,11 +123,10 @@ def plot_plane(
     outside = int(((x < view[0][0]) | (x > view[0][1]) | (y < view[1][0]) | (y > view[1][1])).sum())
     correlation = rank_correlation(y, x)
     found = "undefined" if np.isnan(correlation) else f"{correlation:.2f}"
-    lines = [f"{len(x):,} {'sample' if len(x) == 1 else 'samples'}, rank correlation {found}"]
-    omissions = [f"{outside:,} outside of the view"] if outside else []
-    omissions += [f"{(~shown).sum():,} without a score left out"] if not shown.all() else []
-    lines += [", ".join(omissions)] if omissions else []
-    above.set_title("\n".join(lines), loc="left", fontsize=10, color=INK)
+    omitted = {"outside of the view": outside, "without a score left out": int((~shown).sum())}
+    second = ", ".join(f"{count:,} {why}" for why, count in omitted.items() if count)
+    first = f"{len(x):,} sample{'s' * (len(x) != 1)}, rank correlation {found}"
+    above.set_title(f"{first}\n{second}".rstrip(), loc="left", fontsize=10, color=INK)
     if title:
         # Data sets' names may have dollar signs, which are no formulas.
         figure.suptitle(textwrap.fill(title, 56), x=0.02, ha="left", fontsize=13, color=INK, parse_math=False)
@@ -151,18 +161,17 @@ def _density(x: np.ndarray, y: np.ndarray, groups: Mapping[str, np.ndarray], vie
 
 def _lines(axes: Axes, thresholds: Thresholds) -> None:
     """The finite thresholds: where high begins as a line, where low ends dashed; either may be the greater."""
+    line: dict[str, Any] = {"color": INK, "linewidth": 0.9, "alpha": 0.6}
     text: dict[str, Any] = {"color": INK, "fontsize": 8, "alpha": 0.8, "clip_on": True}
     # The names of both stand at opposite ends, as the lines may be close together.
-    for side, style, end, error_name, uncertainty_name, (first, second), (upper, lower) in (
-        ("low", "--", 0, " low ↓ ", "← low ", ("left", "right"), ("top", "bottom")),
-        ("high", "-", 1, " high ↑ ", " high →", ("right", "left"), ("bottom", "top")),
+    for side, style, end, (above, beside), (left, right), (upper, lower) in (
+        ("low", "--", 0, (" low ↓ ", "← low "), ("left", "right"), ("top", "bottom")),
+        ("high", "-", 1, (" high ↑ ", " high →"), ("right", "left"), ("bottom", "top")),
     ):
-        line: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": style, "alpha": 0.6}
         error, uncertainty = getattr(thresholds, f"error_{side}"), getattr(thresholds, f"uncertainty_{side}")
         if np.isfinite(error):
-            axes.axhline(error, **line)
-            axes.text(end, error, error_name, transform=axes.get_yaxis_transform(), ha=first, va=upper, **text)
+            axes.axhline(error, linestyle=style, **line)
+            axes.text(end, error, above, transform=axes.get_yaxis_transform(), ha=left, va=upper, **text)
         if np.isfinite(uncertainty):
-            axes.axvline(uncertainty, **line)
-            name: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "ha": second, "va": lower}
-            axes.text(uncertainty, end, uncertainty_name, **name, **text)
+            axes.axvline(uncertainty, linestyle=style, **line)
+            axes.text(uncertainty, end, beside, transform=axes.get_xaxis_transform(), ha=right, va=lower, **text)

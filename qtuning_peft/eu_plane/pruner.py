@@ -17,14 +17,11 @@ import numpy as np
 import pandas as pd
 
 from ..loss import IGNORE_INDEX
-from .scores import SCORES, scores_of
+from ..registry import option
+from .scores import SCORES, scores_of, token_columns
 from .selection import DEGENERATE, KEEP, SAMPLE_STRATEGIES, TRIM, UNSCORED, Budget, Pruned, SampleStrategy
-from .table import Data, mismatch, plain, rank_correlation, read_table, require, supervised
+from .table import Data, columns_of, mismatch, rank_correlation, read_table, require, supervised
 from .tokens import TOKEN_STRATEGIES, keep_lowest, kept_counts, protected_tokens
-
-
-def _option(default: Any, help: str, choices: Any = None) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass
@@ -39,30 +36,30 @@ class EUPruner:
     """
 
     _: KW_ONLY
-    sample_ratio: float | None = _option(None, "Share of the samples to keep, in (0, 1].")
-    num_samples: int | None = _option(None, "Number of samples to keep, instead of a share.")
-    num_tokens: int | None = _option(None, "Number of supervised tokens to keep, instead of a share of the samples.")
-    token_ratio: float = _option(
+    sample_ratio: float | None = option(None, "Share of the samples to keep, in (0, 1].")
+    num_samples: int | None = option(None, "Number of samples to keep, instead of a share.")
+    num_tokens: int | None = option(None, "Number of supervised tokens to keep, instead of a share of the samples.")
+    token_ratio: float = option(
         1.0,
         "Share of the supervised tokens to keep in samples that are trimmed, in (0, 1]: in misconceptions, or, with "
         "another strategy than the plane, in every kept sample.",
     )
-    strategy: str = _option("eu_plane", "Which samples are kept.", SAMPLE_STRATEGIES)
-    token_strategy: str = _option("neighbours", "Which tokens of trimmed samples are kept.", TOKEN_STRATEGIES)
-    neighbour_weight: float = _option(0.5, "Weight of a token's neighbours, 0 to 1, for token_strategy neighbours.")
-    keep_tokens: str = _option("lowest", "Which end of the ranking of tokens is kept: lowest, or to compare highest.")
-    tokenizer: Any = field(default=None, metadata={"help": "The model's tokenizer; special tokens are never trimmed."})
-    protect: str | Sequence[str] = _option(
+    strategy: str = option("eu_plane", "Which samples are kept.", SAMPLE_STRATEGIES)
+    token_strategy: str = option("neighbours", "Which tokens of trimmed samples are kept.", TOKEN_STRATEGIES)
+    neighbour_weight: float = option(0.5, "Weight of a token's neighbours, 0 to 1, for token_strategy neighbours.")
+    keep_tokens: str = option("lowest", "Which end of the ranking of tokens is kept: lowest, or to compare highest.")
+    tokenizer: Any = option(None, "The model's tokenizer; special tokens are never trimmed.")
+    protect: str | Sequence[str] = option(
         (), "Regular expressions for text that is never trimmed, such as '####.*'; needs the tokenizer."
     )
-    max_repetition: float | None = _option(
+    max_repetition: float | None = option(
         None, "Drop rows more of whose 4-grams are repeated than this, 0 to 1, before anything else, as degenerate."
     )
-    per_batch: bool = _option(
+    per_batch: bool = option(
         False, "Find the thresholds anew in every batch that map hands over, as published, instead of in fit."
     )
-    keep_dropped: bool = _option(False, "Keep every row; column quadrant says what would have become of it.")
-    seed: int = _option(0, "Seed of strategies that draw.")
+    keep_dropped: bool = option(False, "Keep every row; column quadrant says what would have become of it.")
+    seed: int = option(0, "Seed of strategies that draw.")
     pruned: Pruned | None = field(default=None, init=False, repr=False)
     _fitted: SampleStrategy | None = field(default=None, init=False, repr=False)
 
@@ -78,8 +75,8 @@ class EUPruner:
                     raise ValueError(f"{name} is {value}; choose {choose}.")
         budgets = [n for n in ("sample_ratio", "num_samples", "num_tokens") if getattr(self, n) is not None]
         if len(budgets) != 1:
-            given = " and ".join(budgets) or "No budget"
-            raise ValueError(f"{given} is given; give exactly one of sample_ratio, num_samples and num_tokens.")
+            given = " and ".join(budgets) + " are" if budgets else "No budget is"
+            raise ValueError(f"{given} given; give exactly one of sample_ratio, num_samples and num_tokens.")
         SAMPLE_STRATEGIES.check(self.strategy)
         TOKEN_STRATEGIES.check(self.token_strategy)
         if self.keep_tokens not in ("lowest", "highest"):
@@ -113,7 +110,7 @@ class EUPruner:
             )
         scored = scored.with_format(None) if hasattr(scored, "with_format") else scored
         rows = self._table(scored)
-        if (self._set_aside(rows) != "").all():
+        if rows["aside"].all():
             raise ValueError(f"None of the {len(rows)} rows can be kept: all are without a score or degenerate.")
         if self.tokenizer is not None and self.token_ratio < 1:
             rows["protected"] = [self._protected(supervised(labels)).sum() for labels in scored["labels"]]
@@ -129,20 +126,17 @@ class EUPruner:
         return self._label(table, self._fit(table) if self.per_batch else self.fitted)
 
     def _table(self, data: Data) -> pd.DataFrame:
+        """The columns that decide, and `aside`: names for rows that are not chosen from, empty for the others."""
         needed = {"error", "uncertainty", "supervised_tokens", *SAMPLE_STRATEGIES[self.strategy].columns}
-        return read_table(data, needed | ({"repetition"} if self.max_repetition is not None else set()))
-
-    def _set_aside(self, rows: pd.DataFrame) -> np.ndarray:
-        """Names for rows that are not chosen from, (rows,), empty for the others."""
-        aside = np.where(rows["unscored"], UNSCORED, "").astype("<U16")
-        if self.max_repetition is not None:
-            aside[(rows["repetition"] > self.max_repetition) & ~rows["unscored"]] = DEGENERATE
-        return aside
+        rows = read_table(data, needed | ({"repetition"} if self.max_repetition is not None else set()))
+        repeats = self.max_repetition is not None and rows["repetition"] > self.max_repetition
+        rows["aside"] = np.select([rows["unscored"], np.broadcast_to(repeats, len(rows))], [UNSCORED, DEGENERATE], "")
+        return rows
 
     def _fit(self, rows: pd.DataFrame) -> SampleStrategy:
         """The strategy, fitted on the rows that can be chosen from; in a batch there may be none."""
         strategy = SAMPLE_STRATEGIES[self.strategy](self)
-        target, rows = self._target(len(rows)), rows[self._set_aside(rows) == ""]
+        target, rows = self._target(len(rows)), rows[rows["aside"] == ""]
         if len(rows):
             each = np.ones(len(rows))
             budget = self._in_tokens(rows) if target is None else Budget(min(target, len(rows)), each, each)
@@ -150,10 +144,10 @@ class EUPruner:
         return strategy
 
     def _label(self, rows: pd.DataFrame, strategy: SampleStrategy) -> np.ndarray:
-        quadrants = self._set_aside(rows)
+        quadrants = rows["aside"].to_numpy(object)
         if (choosable := quadrants == "").any():
             quadrants[choosable] = strategy(rows[choosable])
-        return quadrants
+        return quadrants.astype(str)
 
     def _target(self, rows: int) -> int | None:
         """Samples to keep of `rows`; those without a score count, or the budget would depend on them."""
@@ -180,6 +174,9 @@ class EUPruner:
             few = (choosable := len(rows) - found[UNSCORED] - found[DEGENERATE]) < target
             cause = f"only {choosable} can be kept" if few else "samples with equal scores are kept together"
             notes.append(f"{kept} samples are kept instead of {target}: {cause}.")
+        if copies := int(scored[["error", "uncertainty", "supervised_tokens"]].round(6).duplicated().sum()):
+            advice = "remove copies before scoring if they should not count twice"
+            notes.append(f"{copies} of {len(rows)} rows score exactly as another one, as copies do; {advice}.")
         return Pruned(
             counts={name: found[name] for name in (*names, DEGENERATE, UNSCORED) if name in names or found[name]},
             kept_samples=kept, kept_tokens=int(self._in_tokens(rows).cost(quadrants)),
@@ -188,11 +185,19 @@ class EUPruner:
             target_samples=target, target_tokens=self.num_tokens, notes=notes,
         )  # fmt: skip
 
-    def __call__(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        """Prune a batch of scored rows: the same columns and `quadrant`, kept rows alone, their `labels` trimmed."""
-        columns = {name: plain(rows[name]) for name in rows.keys()}  # noqa: SIM118 (lazy batches iterate otherwise)
-        if not all(isinstance(column, list) for column in columns.values()):
-            raise ValueError("A single row came instead of a batch; call map with batched=True.")
+    def __call__(self, rows: Mapping[str, Sequence[Any]], indices: Sequence[int] | None = None) -> dict[str, list[Any]]:
+        """Prune a batch of scored rows: the same columns and `quadrant`, kept rows alone, their `labels` trimmed.
+
+        `indices` are those of `map(..., with_indices=True)`, and not needed.
+        """
+        columns = columns_of(rows)
+        known = {
+            DEGENERATE,
+            UNSCORED,
+            *(name for strategy in SAMPLE_STRATEGIES.values() for name in strategy.quadrants),
+        }
+        if not known.issuperset(map(str, columns.get("quadrant", ()))):
+            raise ValueError("The data has a column quadrant of its own, which pruning would replace; rename it.")
         require({"input_ids", "labels", *TOKEN_STRATEGIES[self.token_strategy].columns}, columns)
         result: dict[str, list[Any]] = {name: [] for name in (*columns, "quadrant")}
         for index, quadrant in enumerate(self.quadrants(columns)):
@@ -216,14 +221,20 @@ class EUPruner:
         )
 
     def trim(self, row: dict[str, Any]) -> dict[str, Any]:
-        """`row` without labels for the tokens that are not kept."""
+        """`row` without labels for the tokens that are not kept, and with the scores of those that are.
+
+        Means of token scores, such as `error`, are means over the kept tokens; other scores are still the whole row's.
+        """
         kept = self.kept_tokens(row)
         labels = np.array(row["labels"], np.int64)
         labels[np.flatnonzero(labels != IGNORE_INDEX)[~kept]] = IGNORE_INDEX
         trimmed = dict(row) | {"labels": labels.tolist(), "supervised_tokens": int(kept.sum())}
-        for name in {f"token_{score}" for score in SCORES} | {"token_reference_error"}:
-            if name in row:
-                trimmed[name] = np.asarray(row[name])[kept].tolist()
+        for name in token_columns() & row.keys():
+            if len(row[name]) != len(kept):
+                raise mismatch(len(kept), len(row[name]))
+            trimmed[name] = np.asarray(row[name])[kept].tolist()
+            if (score := name.removeprefix("token_")) in {*SCORES} & {*row}:
+                trimmed[score] = float(np.mean(trimmed[name]))
         return trimmed
 
     def _protected(self, tokens: Sequence[int]) -> np.ndarray:

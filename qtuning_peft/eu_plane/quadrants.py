@@ -58,18 +58,15 @@ def thresholds_at(step: int, errors: np.ndarray, uncertainties: np.ndarray) -> T
     count = len(errors)
     # How many samples lie beyond each threshold; the four take turns.
     error_low, uncertainty_low, error_high, uncertainty_high = ((step + 3 - turn) // 4 for turn in range(4))
-
-    def between(values: np.ndarray, rank: int) -> float:
-        # Half-way between two samples: scores rounded on their way through a file or a format stay on their side.
-        if 0 < rank < count:
-            return float((values[rank - 1] + values[rank]) / 2)
-        return float("inf") if rank else float("-inf")
-
+    # Half-way between two samples: scores rounded on their way through a file or a format stay on their side.
+    error, uncertainty = (
+        np.concatenate(([-np.inf], (values[:-1] + values[1:]) / 2, [np.inf])) for values in (errors, uncertainties)
+    )
     return Thresholds(
-        error_low=between(errors, error_low),
-        error_high=between(errors, count - error_high),
-        uncertainty_low=between(uncertainties, uncertainty_low),
-        uncertainty_high=between(uncertainties, count - uncertainty_high),
+        error_low=float(error[error_low]),
+        error_high=float(error[count - error_high]),
+        uncertainty_low=float(uncertainty[uncertainty_low]),
+        uncertainty_high=float(uncertainty[count - uncertainty_high]),
         error_median=float(np.median(errors)),
         quantile=step / (4 * count),
     )

@@ -9,20 +9,21 @@ import io
 import os
 import re
 from collections.abc import Mapping
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from ..atomic import replacing
 from ..loss import IGNORE_INDEX
-from .plot import COLOURS, INK, plot_plane
+from .plot import COLOURS, INK, LABELS, plot_plane
 from .pruner import EUPruner
-from .selection import DEGENERATE, KEEP, TRIM, UNSCORED, Pruned
-from .table import mismatch
+from .selection import KEEP, TRIM, UNSCORED
+from .table import mismatch, numbers
 from .tokens import pieces_of
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 # Longer ones are cut in the report.
 MOST_TOKENS, MOST_PROMPT = 400, 200
+SEEN_FOR_PREFIX = 1000
 # Token errors from which on the colour is one step stronger, nats.
 STEPS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 _ENVIRONMENT = Environment(loader=PackageLoader(__package__, ""), autoescape=True, keep_trailing_newline=True)
@@ -65,22 +67,19 @@ def write_report(
         )
     scored = scored.with_format(None)
     quadrants = pruner.quadrants(scored)
-    columns = [np.array(scored[name][:], np.float64) for name in ("error", "uncertainty", "supervised_tokens")]
+    table = pd.DataFrame({name: numbers(scored, name) for name in ("error", "uncertainty", "supervised_tokens")})
+    # A system prompt, or few-shot examples, say nothing of a row.
+    seen = scored[:SEEN_FOR_PREFIX]["input_ids"]
+    shared = sum(takewhile(bool, (first == last for first, last in zip(min(seen), max(seen), strict=False))))
     groups = []
     for ordinal, (name, count) in enumerate(found.counts.items()):
-        members = np.flatnonzero(quadrants == name)
-        means = [values[members].mean() if count else np.nan for values in columns]
-        chosen = members[spread(columns[0][members], examples, np.random.default_rng([seed, ordinal]))].tolist()
-        groups.append(
-            {
-                "name": name, "count": count, "fate": fate(name, pruner),
-                "cells": [f"{count:,}", f"{count / found.samples:.1%}", *map(number, means, (3, 3, 1))],
-                "cards": [_card(scored[index], index, name, tokenizer, pruner) for index in chosen],
-            }
-        )  # fmt: skip
+        members = table[quadrants == name]
+        chosen = members.index[spread(members["error"], examples, np.random.default_rng([seed, ordinal]))].tolist()
+        cards = [_card(scored[index], index, name, tokenizer, pruner, shared) for index in chosen]
+        groups.append({"name": name, "count": count, "means": [*members.mean()], "cards": cards})
     page = _ENVIRONMENT.get_template("report.html.jinja").render(
-        found=found, tiles=_tiles(found, pruner), notes=_notes(found, pruner), picture=_picture(scored, pruner),
-        groups=groups, meaning=MEANING, colours=COLOURS, steps=STEPS, trims=pruner.token_ratio < 1,
+        found=found, pruner=pruner, picture=_picture(scored, pruner), groups=groups, meaning=MEANING,
+        colours=COLOURS, labels=LABELS, steps=STEPS, keep=KEEP, trim=TRIM if pruner.token_ratio < 1 else (),
     )  # fmt: skip
     file = Path(path)
     with replacing(file) as unfinished:
@@ -89,73 +88,21 @@ def write_report(
     return file
 
 
-def spread(values: np.ndarray, count: int, rng: np.random.Generator) -> list[int]:
+def spread(values: Any, count: int, rng: np.random.Generator) -> list[int]:
     """Indices of up to `count` of `values` (samples,), ascending: one at random of each of as many equal shares."""
     order = np.argsort(values, kind="stable")
     count = min(count, len(order))
     return [int(rng.choice(part)) for part in np.array_split(order, count)] if count else []
 
 
-def fate(name: str, pruner: EUPruner) -> str:
-    """What becomes of the samples in the quadrant `name`."""
-    if name in TRIM and pruner.token_ratio < 1:
-        return f"kept, with {percent(pruner.token_ratio)} of their supervised tokens"
-    if name in KEEP:
-        return "kept whole"
-    if name == DEGENERATE:
-        return f"dropped: repetition above {pruner.max_repetition:g}"
-    return "dropped: no score" if name == UNSCORED else "dropped"
-
-
-def percent(ratio: float) -> str:
-    """`ratio` in percent, without needless decimals."""
-    return f"{100 * ratio:.4g}%"
-
-
-def number(value: float, digits: int) -> str:
-    """`value` with so many decimals; a dash if there is none."""
-    return f"{value:,.{digits}f}" if np.isfinite(value) else "–"  # noqa: RUF001
-
-
-def clipped(text: str, longest: int = 500) -> str:
-    """`text`, or its beginning and how much is left out."""
-    return text if len(text) <= longest else f"{text[:longest]} … ({len(text) - longest:,} more characters)"
-
-
-def _tiles(found: Pruned, pruner: EUPruner) -> list[tuple[str, str, str]]:
-    """The figures at the top: what, how much, and more about it."""
-    if pruner.sample_ratio is not None:
-        budget = f"{percent(pruner.sample_ratio)} of the samples"
-    else:
-        budget = f"{pruner.num_samples or pruner.num_tokens:,} {'samples' if pruner.num_samples else 'tokens'}"
-    details = f"strategy {pruner.strategy}"
-    if pruner.token_ratio < 1:
-        details += f"; {percent(pruner.token_ratio)} of the tokens where trimmed, by {pruner.token_strategy}"
-    correlation = f"{found.correlation:.2f}" if np.isfinite(found.correlation) else "undefined"
-    counts = [("Samples", found.kept_samples, found.samples), ("Supervised tokens", found.kept_tokens, found.tokens)]
-    return [
-        *((f"{what} kept", f"{part:,}", f"of {whole:,}, {part / max(whole, 1):.1%}") for what, part, whole in counts),
-        ("Budget", budget, details), ("Rank correlation", correlation, "of error and uncertainty (Spearman)"),
-    ]  # fmt: skip
-
-
-def _notes(found: Pruned, pruner: EUPruner) -> list[str]:
-    notes = list(found.notes)
-    if pruner.per_batch:
-        notes.append("Thresholds are found anew in every batch (per_batch); this report divides all rows at once.")
-    if pruner.keep_dropped:
-        notes.append("Every row stays in the data (keep_dropped); its column quadrant says what would become of it.")
-    return notes
-
-
 def _picture(scored: Dataset, pruner: EUPruner) -> Markup:
     """The plane as an `svg` element, in the colour of the page's text."""
-    from matplotlib import rc_context
+    figure, buffer = plot_plane(scored, pruner), io.StringIO()
+    from matplotlib import rc_context  # plot_plane has said what to install, if it is not there
 
-    buffer = io.StringIO()
     # Without a salt, names of elements would differ from one writing to the next.
     with rc_context({"svg.hashsalt": "plane", "svg.fonttype": "path"}):
-        plot_plane(scored, pruner).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace(INK, "currentColor")
@@ -163,20 +110,17 @@ def _picture(scored: Dataset, pruner: EUPruner) -> Markup:
     return Markup(svg.replace("<svg", f"<svg {label}", 1))
 
 
-def _card(row: Mapping[str, Any], index: int, name: str, tokenizer: Any, pruner: EUPruner) -> dict[str, Any]:
-    """One example: its scores and its text."""
-    facts = [f"row {index:,}"]
+def _card(
+    row: Mapping[str, Any], index: int, name: str, tokenizer: Any, pruner: EUPruner, shared: int
+) -> dict[str, Any]:
+    """One example: its scores and its text, without the first `shared` tokens unless they are the whole prompt."""
     if name == UNSCORED:
-        return {"row": index, "facts": facts, "parts": None, "reason": clipped(str(row["unscored"]))}
-    facts += [f"error {row['error']:.3f}", f"uncertainty {row['uncertainty']:.3f}"]
-    facts += [f"repetition {row['repetition']:.2f}"] if row.get("repetition") is not None else []
-    facts.append(f"{int(row['supervised_tokens']):,} supervised tokens")
+        return {"index": index, "reason": row["unscored"]}
     kept = pruner.kept_tokens(row) if name in TRIM and pruner.token_ratio < 1 else None
-    facts += [f"{int(kept.sum()):,} kept"] if kept is not None else []
-    return {"row": index, "facts": facts, "parts": _parts(row, kept, tokenizer)}
+    return {"index": index, "row": row, "kept": kept, "parts": _parts(row, kept, tokenizer, shared)}
 
 
-def _parts(row: Mapping[str, Any], kept: np.ndarray | None, tokenizer: Any) -> list[dict[str, Any]]:
+def _parts(row: Mapping[str, Any], kept: np.ndarray | None, tokenizer: Any, shared: int) -> list[dict[str, Any]]:
     """The text of `row`: runs of other tokens, and of supervised ones, those not `kept` (tokens,) trimmed."""
     labels = np.asarray(row["labels"], np.int64)
     supervised = labels != IGNORE_INDEX
@@ -184,31 +128,24 @@ def _parts(row: Mapping[str, Any], kept: np.ndarray | None, tokenizer: Any) -> l
     errors, uncertainties = row["token_error"], row["token_uncertainty"]
     if not len(errors) == len(uncertainties) == supervised.sum():
         raise mismatch(supervised.sum(), len(errors))
+    levels = np.searchsorted(STEPS, errors, "right").tolist()
+    trimmed = ~kept if kept is not None else np.zeros(len(errors), bool)
     parts: list[dict[str, Any]] = []
-    seen, start = 0, 0
+    seen = start = 0
     for is_supervised, run in groupby(supervised.tolist()):
         stop = start + len(list(run))
-        if not is_supervised:
-            # A character may take several tokens, but no more than four.
-            begin = max(start, stop - 4 * MOST_PROMPT)
-            context = max(0, begin - 8)
-            text = tokenizer.decode(ids[context:stop])[len(tokenizer.decode(ids[context:begin])) :]
-            parts.append({"prompt": text[-MOST_PROMPT:], "cut": begin > start or len(text) > MOST_PROMPT})
-        else:
-            end, context = min(stop, start + MOST_TOKENS - seen), max(0, start - 8)
-            texts = pieces_of(tokenizer, ids[context:end])[start - context :]
-            tokens = [
-                {
-                    "text": text, "newline": text.startswith("\n"), "error": errors[i], "uncertainty": uncertainties[i],
-                    "level": int(np.searchsorted(STEPS, errors[i], "right")),
-                    "trimmed": kept is not None and not kept[i],
-                }
-                for i, text in enumerate(texts, start=seen)
-            ]  # fmt: skip
+        # A character may take several tokens, but no more than four.
+        begin = start if is_supervised else max(start, stop - 4 * MOST_PROMPT, shared if shared < stop else 0)
+        end = min(stop, start + MOST_TOKENS - seen) if is_supervised else stop
+        texts = pieces_of(tokenizer, ids[max(0, begin - 8) : end])[min(8, begin) :]
+        if is_supervised:
+            tokens = zip(texts, *(of[seen:] for of in (errors, uncertainties, levels, trimmed)), strict=False)
             seen += len(texts)
-            more = len(errors) - seen if seen == MOST_TOKENS else 0
-            parts.append({"tokens": tokens, "more": more})
-            if more:
+            parts.append({"tokens": [*tokens], "more": len(errors) - seen if seen == MOST_TOKENS else 0})
+            if seen == MOST_TOKENS:
                 break
+        else:
+            text = "".join(texts)
+            parts.append({"prompt": text[-MOST_PROMPT:], "cut": begin > start or len(text) > MOST_PROMPT})
         start = stop
     return parts

@@ -54,6 +54,8 @@ class RowEncoder:
             raise ValueError(f"columns names {', '.join(unknown)}; choose from {', '.join(sorted(known))}.")
         self.tokenizer = tokenizer
         self.columns = dict(columns or {})
+        # Columns that are read: those of the formats, and the data's own.
+        self.known = known | {*self.columns.values()}
         self.chat_template = chat_template
 
     def format_of(self, names: Sequence[str]) -> str:
@@ -91,7 +93,14 @@ class RowEncoder:
         """Tokens of one row, of the format `kind` that `format_of` found; a RowError if it has none."""
         row = {**row, **{name: row[own] for name, own in self.columns.items()}}
         try:
-            return tokenized(row) if kind == "tokens" else getattr(self, f"_{kind}")(row)
+            if kind == "tokens":
+                return tokenized(row)
+            if kind == "text":
+                return self._text(row)
+            if kind in ("messages", "conversations"):
+                return self._conversation(row[kind], row)
+            prompt, answer = self._alpaca(row) if kind == "alpaca" else (row["prompt"], row["completion"])
+            return self._answer(prompt, answer, row)
         except RowError:
             raise
         except Exception as error:
@@ -99,59 +108,44 @@ class RowEncoder:
             reason = str(error).strip().splitlines()
             raise RowError(f"{type(error).__name__}: {reason[0] if reason else 'no message'}") from error
 
-    def _messages(self, row: Mapping[str, Any]) -> EncodedRow:
-        return self._conversation(row["messages"], row)
-
-    def _conversations(self, row: Mapping[str, Any]) -> EncodedRow:
-        turns = row["conversations"]
-        if turns and "from" in turns[0]:
-            unknown = sorted({turn["from"] for turn in turns} - SHAREGPT_ROLES.keys())
-            if unknown:
-                raise RowError(f"a turn is from {unknown[0]!r}; known are {', '.join(SHAREGPT_ROLES)}")
-            turns = [{"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
-        return self._conversation(turns, row)
-
-    def _prompt(self, row: Mapping[str, Any]) -> EncodedRow:
-        prompt, completion = row["prompt"], row["completion"]
-        if isinstance(prompt, str) != isinstance(completion, str):
-            raise RowError("one of prompt and completion is a string and the other is not")
-        if not isinstance(prompt, str):
-            before = self._render(prompt, row, add_generation_prompt=True)
-            text = self._render([*prompt, *completion], row)
-            return self._tokens(text, [(_length_of_prefix(text, before), len(text))])
-        return self._prompt_and_answer(prompt, completion, row)
-
-    def _alpaca(self, row: Mapping[str, Any]) -> EncodedRow:
-        context, instruction = row.get("input") or "", _string(row["instruction"], "instruction")
-        if self.chat_template:
-            prompt = f"{instruction}\n\n{context}" if context else instruction
-        else:
-            more = ", paired with an input that provides further context" if context else ""
-            given = f"### Input:\n{context}\n\n" if context else ""
-            prompt = ALPACA_PROMPT.format(more=more, instruction=instruction, input=given)
-        return self._prompt_and_answer(prompt, row["output"], row)
-
     def _text(self, row: Mapping[str, Any]) -> EncodedRow:
         text, end = _string(row["text"], "text"), self.tokenizer.eos_token or ""
         if not text:
             raise RowError("empty: text has no characters")
         return self._tokens(text if text.endswith(end) else text + end, None, add_special_tokens=True)
 
-    def _prompt_and_answer(self, prompt: Any, answer: Any, row: Mapping[str, Any]) -> EncodedRow:
-        prompt, answer = _string(prompt, "the prompt"), _string(answer, "the answer")
+    def _alpaca(self, row: Mapping[str, Any]) -> tuple[str, str]:
+        context, instruction = row.get("input") or "", _string(row["instruction"], "instruction")
+        answer = _string(row["output"], "output")
+        if self.chat_template:
+            return f"{instruction}\n\n{context}" if context else instruction, answer
+        more = ", paired with an input that provides further context" if context else ""
+        given = f"### Input:\n{context}\n\n" if context else ""
+        return ALPACA_PROMPT.format(more=more, instruction=instruction, input=given), answer
+
+    def _answer(self, prompt: Any, answer: Any, row: Mapping[str, Any]) -> EncodedRow:
+        if isinstance(prompt, str) != isinstance(answer, str):
+            raise RowError("one of prompt and completion is a string and the other is not")
+        if not isinstance(prompt, str):
+            before = self._render(prompt, row, add_generation_prompt=True)
+            text = self._render([*prompt, *answer], row)
+            return self._tokens(text, [(_length_of_prefix(text, before), len(text))])
         if self.chat_template:
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
             return self._conversation(turns, row)
         text = prompt + answer + (self.tokenizer.eos_token or "")
         return self._tokens(text, [(len(prompt), len(text))], add_special_tokens=True)
 
-    def _conversation(self, messages: Any, row: Mapping[str, Any]) -> EncodedRow:
+    def _conversation(self, turns: Any, row: Mapping[str, Any]) -> EncodedRow:
         # `datasets` fills keys that only some messages have with None, which templates take for a value.
-        messages = _without_none(list(messages or ()))
+        messages = _without_none([_of_sharegpt(turn) if "from" in turn else turn for turn in turns or ()])
         if not messages:
             raise RowError("empty: no messages")
         if "{% generation" in self.tokenizer.chat_template.replace("{%-", "{%"):
-            return self._marked_conversation(messages, row)
+            # The template marks the assistant's text itself.
+            options = {"return_dict": True, "return_assistant_tokens_mask": True, **_template_arguments(row)}
+            encoding = self.tokenizer.apply_chat_template(messages, **options)
+            return tokenized({key: encoding[key] for key in ("input_ids", "assistant_masks")})
         text = self._render(messages, row)
         spans = []
         for index, message in enumerate(messages):
@@ -161,13 +155,6 @@ class RowEncoder:
                 after = self._render(messages[: index + 1], row)
                 spans.append((_length_of_prefix(text, before), _length_of_prefix(text, after)))
         return self._tokens(text, spans)
-
-    def _marked_conversation(self, messages: list[Any], row: Mapping[str, Any]) -> EncodedRow:
-        """Tokens under a template that marks the assistant's text itself."""
-        encoding = self.tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True, **_template_arguments(row)
-        )
-        return tokenized({key: encoding[key] for key in ("input_ids", "assistant_masks")})
 
     def _opening(self, text: str, messages: list[Any], row: Mapping[str, Any]) -> str:
         """What of `text` stands before the words of an assistant that speaks first; templates refuse to render that."""
@@ -198,6 +185,12 @@ OPTIONAL_COLUMNS = {
 
 def _template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"tools": _without_none(row.get("tools")) or None, **(row.get("chat_template_kwargs") or {})}
+
+
+def _of_sharegpt(turn: Mapping[str, Any]) -> dict[str, Any]:
+    if turn["from"] not in SHAREGPT_ROLES:
+        raise RowError(f"a turn is from {turn['from']!r}; known are {', '.join(SHAREGPT_ROLES)}")
+    return {"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
 
 
 def _without_none(value: Any) -> Any:

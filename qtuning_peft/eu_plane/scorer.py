@@ -8,6 +8,8 @@ there are is in `scores`.
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,15 +17,18 @@ import numpy as np
 from torch import nn
 
 from ..head import causal_model
-from .batching import run
+from ..registry import option
+from .batching import PLANE, run
 from .fingerprint import fingerprint
 from .rows import RowEncoder
 from .scores import ALWAYS, SCORES, ScoredRows, mean
+from .table import columns_of, names_of
 from .tokenized import EncodedRow, RowError, Sample, untouched
 
 REFERENCE = "token_reference_error"
 
 
+@dataclass(eq=False, repr=False)
 class EUScorer:
     """Scores rows under a model. Use as `dataset.map(EUScorer(model, tokenizer), batched=True)`.
 
@@ -43,44 +48,47 @@ class EUScorer:
         model: A causal language model of transformers, quantized or not, or a PEFT model around one, which is scored
             under its active adapter.
         tokenizer: The model's tokenizer; may be `None` for rows of tokens.
-        columns: The data's own names for the columns, such as `{"prompt": "question", "completion": "answer"}`.
-        chat_template: Use the tokenizer's chat template.
-        max_length: Longer rows are not scored; by default the model's longest context.
-        tokens_per_batch: Tokens in a forward pass, padding included.
-        scores: More scores to add, by name (see `scores`), such as `("el2n", "ifd")`.
-        reference_model: A second model: also add `token_reference_error`, the tokens' error under it.
+        columns, chat_template, max_length, tokens_per_batch, scores, reference_model: Each has its help below, and is
+            an option of `qtuning score`.
 
     A row that cannot be scored does not raise: it is warned about, and `unscored` says why.
     """
 
-    def __init__(
-        self, model: nn.Module, tokenizer: Any = None, *, columns: Mapping[str, str] | None = None,
-        chat_template: bool = True, max_length: int | None = None, tokens_per_batch: int = 4096,
-        scores: Sequence[str] = (), reference_model: nn.Module | None = None,
-    ) -> None:  # fmt: skip
-        for name, value in (("max_length", max_length), ("tokens_per_batch", tokens_per_batch)):
-            if value is not None and value < 1:
+    model: nn.Module
+    tokenizer: Any = None
+    _: KW_ONLY
+    columns: Mapping[str, str] | None = option(
+        None, "The data's own names for the columns, such as prompt=question (in Python, {'prompt': 'question'})."
+    )
+    chat_template: bool = option(True, "Put prompts through the model's chat template.")
+    max_length: int | None = option(None, "Longer rows get no score; by default the model's longest context.")
+    tokens_per_batch: int = option(4096, "Tokens in a forward pass, padding included.")
+    scores: Sequence[str] = option((), f"More scores to add, beside {', '.join(ALWAYS)}.", SCORES)
+    reference_model: nn.Module | None = option(
+        None, f"A second model: also add {REFERENCE}, the tokens' error under it."
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "tokens_per_batch"):
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}; choose at least 1.")
-        base = causal_model(model)
-        for name in scores:
+        base = causal_model(self.model)
+        for name in self.scores:
             SCORES.check(name)
-        if REFERENCE in scores and reference_model is None:
+        if REFERENCE in self.scores and self.reference_model is None:
             raise ValueError(f"scores names {REFERENCE}, but reference_model is None; pass a second model.")
-        self.model = model
-        self.reference_model = reference_model
-        self.encoder = RowEncoder(tokenizer, columns, chat_template)
+        self.encoder = RowEncoder(self.tokenizer, self.columns, self.chat_template)
         self.vocabulary: int = base.get_input_embeddings().weight.shape[0]
-        self.max_length = max_length or getattr(base.config.get_text_config(), "max_position_embeddings", None)
-        self.tokens_per_batch = tokens_per_batch
-        wanted = {*ALWAYS, *scores, *([REFERENCE] if reference_model is not None else [])}
+        self.max_length = self.max_length or getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        wanted = {*ALWAYS, *self.scores, *([REFERENCE] if self.reference_model is not None else [])}
         self.scores = [name for name in SCORES if name in wanted]
-        # Called with the number of rows finished, for a progress bar finer than `map`'s.
-        self.on_progress: Callable[[int], None] | None = None
+        # Called with the number of samples scored, for a progress bar finer than `map`'s.
+        self.on_progress: Callable[[int], object] | None = None
 
     def __call__(self, rows: Mapping[str, Sequence[Any]], indices: Sequence[int] | None = None) -> dict[str, list[Any]]:
         """The new columns of a batch of rows; `indices` number them in messages (`map(..., with_indices=True)`)."""
         encoded, unscored = self._encode_rows(rows)
-        scores = self._score([EncodedRow([], []) if why else row for row, why in zip(encoded, unscored, strict=True)])
+        scores = self._score(encoded)
         for index, value in enumerate(scores["token_error"]):
             if not unscored[index] and not np.isfinite(value).all():
                 unscored[index] = "the model's output is not finite"
@@ -90,8 +98,8 @@ class EUScorer:
         }
         self._report(unscored, indices)
         return {
-            "input_ids": [np.asarray(row.all_input_ids, np.int64) for row in encoded],
-            "labels": [np.asarray(row.all_labels, np.int64) for row in encoded],
+            "input_ids": [np.asarray(row.input_ids, np.int64) for row in encoded],
+            "labels": [np.asarray(row.labels, np.int64) for row in encoded],
             "supervised_tokens": [np.int64(len(values)) for values in columns["token_error"]],
             "unscored": unscored,
             **columns,
@@ -99,50 +107,56 @@ class EUScorer:
 
     def _encode_rows(self, rows: Mapping[str, Sequence[Any]]) -> tuple[list[EncodedRow], list[str]]:
         """Every row's tokens, and why it cannot be scored, empty if it can."""
-        names = list(rows.keys())
+        refuse_own(names := list(names_of(rows)))
         kind = self.encoder.format_of(names)
-        first = rows["input_ids"][:1] if kind == "tokens" else ()
-        if any(isinstance(rows[name], str) for name in names) or any(isinstance(value, int) for value in first):
-            raise ValueError("A single row came instead of a batch; call map with batched=True.")
+        columns = columns_of(rows, self.encoder.known)
         encoded: list[EncodedRow] = []
-        unscored = [""] * len(rows[names[0]])
+        unscored = [""] * len(next(iter(columns.values())))
         for index in range(len(unscored)):
-            row = {name: rows[name][index] for name in names}
+            row = {name: column[index] for name, column in columns.items()}
             try:
                 encoded.append(self._encode(row, kind))
             except RowError as error:
-                encoded.append(untouched(row) if kind == "tokens" else EncodedRow([], []))
+                encoded.append(untouched(row if kind == "tokens" else {}))
                 unscored[index] = str(error)
         return encoded, unscored
 
     def _encode(self, row: Mapping[str, Any], kind: str) -> EncodedRow:
         encoded = self.encoder.encode(row, kind)
+        tokens = encoded.input_ids[encoded.bounds[0] : encoded.bounds[-1]]
         longest = max((stop - start for start, stop in pairwise(encoded.bounds)), default=0)
         supervised = [encoded.labels[index] for index in encoded.positions()]
-        if not encoded.input_ids:
+        if not tokens:
             raise RowError("empty: no tokens")
         if not supervised:
             raise RowError("no supervised tokens")
         if self.max_length is not None and longest > self.max_length:
             raise RowError(f"too long: {longest} tokens, and max_length is {self.max_length}")
-        if not 0 <= min(*encoded.input_ids, *supervised) <= max(*encoded.input_ids, *supervised) < self.vocabulary:
+        if not 0 <= min(*tokens, *supervised) <= max(*tokens, *supervised) < self.vocabulary:
             raise RowError(f"a token is outside of the model's vocabulary of {self.vocabulary}")
         return encoded
 
     def _score(self, encoded: Sequence[EncodedRow]) -> dict[str, Sequence[Any]]:
         """Columns of scores; those of tokens are (supervised tokens,) for each row, float64."""
-        samples = [sample for index, row in enumerate(encoded) for _, sample in row.samples(index)]
-        of_tokens = [name for name in self.scores if SCORES[name].per_token]
-        found = run(self.model, samples, len(encoded), self.tokens_per_batch, of_tokens, self.on_progress)
+        samples = [sample for index, row in enumerate(encoded) for sample in row.samples(index)]
+
+        def by_row(samples: Sequence[Sample], values: Sequence[np.ndarray]) -> list[np.ndarray]:
+            rows = [[np.zeros(0)] for _ in encoded]
+            for sample, value in zip(samples, values, strict=True):
+                rows[sample.row].append(value)
+            return [np.concatenate(parts) for parts in rows]
 
         def errors(samples: Sequence[Sample], model: nn.Module | None = None) -> list[np.ndarray]:
-            return run(model or self.model, samples, len(encoded), self.tokens_per_batch)["error"]
+            return by_row(samples, run(model or self.model, samples, self.tokens_per_batch)["error"])
 
-        rows = ScoredRows(samples, found["error"], errors, self.reference_model)
+        of_tokens = [name for name in self.scores if SCORES[name].per_token]
+        found = run(self.model, samples, self.tokens_per_batch, of_tokens, self.on_progress)
+        joined = {name: by_row(samples, values) for name, values in found.items()}
+        rows = ScoredRows(samples, joined["error"], errors, self.reference_model)
         columns: dict[str, Sequence[Any]] = {}
         for name in self.scores:
-            if name in found:
-                columns |= {name: [mean(values) for values in found[name]], f"token_{name}": found[name]}
+            if name in joined:
+                columns |= {name: [mean(values) for values in joined[name]], f"token_{name}": joined[name]}
             else:
                 columns[name] = SCORES[name].of(rows)
         return columns
@@ -157,13 +171,14 @@ class EUScorer:
 
     def fingerprint(self) -> str:
         """Fingerprint of what this scorer computes: it changes with weights, adapters, tokenizer and settings."""
-        settings = [self.encoder.columns, self.encoder.chat_template, self.max_length, self.tokens_per_batch]
+        settings = [self.encoder.columns, self.chat_template, self.max_length, self.tokens_per_batch]
         models = [model for model in (self.model, self.reference_model) if model is not None]
-        return fingerprint([*settings, self.scores], self.encoder.tokenizer, models)
+        return fingerprint([*settings, self.scores], self.tokenizer, models)
 
     def __reduce__(self) -> Any:
         # `map` pickles its function to name its cache; copying a whole model for that would cost more than scoring.
-        return _refuse_unpickling, (self.fingerprint(),)
+        # Another process gets what says so when it is called: one that cannot load its function dies without a word.
+        return partial, (_refuse, self.fingerprint())
 
 
 def _stored(value: Any, unscored: bool) -> Any:
@@ -174,7 +189,14 @@ def _stored(value: Any, unscored: bool) -> Any:
     return np.float64("nan") if unscored else value[()]
 
 
-def _refuse_unpickling(fingerprint: str) -> EUScorer:
+def refuse_own(names: Sequence[str]) -> None:
+    """Refuse data whose columns `names` are some that scoring adds, unless it has been scored before."""
+    added = {"supervised_tokens", "unscored", *ALWAYS, *(f"token_{name}" for name in PLANE)}
+    if own := sorted(added & {*names}) if not {*names} >= {*PLANE, "supervised_tokens"} else []:
+        raise ValueError(f"The data has a column {own[0]} of its own, which scoring would replace; rename it.")
+
+
+def _refuse(fingerprint: str, *rows: Any) -> None:
     raise ValueError(
         f"EUScorer {fingerprint} holds a model and cannot be sent to another process; call map without num_proc."
     )

@@ -118,6 +118,11 @@ def scores_of(columns: Collection[str]) -> tuple[str, ...]:
     )
 
 
+def token_columns() -> set[str]:
+    """Columns with one value for each supervised token."""
+    return {f"token_{name}" for name, score in SCORES.items() if score.per_token} | {"token_reference_error"}
+
+
 @token_score("error")
 def error(predictions: Predictions) -> Tensor:
     """Negative log-likelihood in nats: log Z - s_y."""

@@ -8,7 +8,6 @@ their fate, so that it can be applied to any batch; where that makes the budget 
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -53,8 +52,10 @@ class Budget:
         return float(costs[np.isin(quadrants, KEEP)].sum())
 
 
-class SampleStrategy(ABC):
-    """Divides rows into those that are kept and those that are not.
+class SampleStrategy:
+    """Divides rows into those that are kept and those that are not: the highest priorities, as the budget allows.
+
+    Override `priority`, or `fit` and `__call__` to divide them otherwise.
 
     Args:
         options: The pruner, for its options, such as `seed`.
@@ -66,30 +67,17 @@ class SampleStrategy(ABC):
 
     columns: ClassVar[tuple[str, ...]] = ()
     quadrants: ClassVar[tuple[str, ...]] = (KEPT, DROPPED)
+    lowest = -math.inf
 
     def __init__(self, options: Options) -> None:
         self.options = options
 
-    @abstractmethod
-    def fit(self, rows: pd.DataFrame, budget: Budget) -> None:
-        """Find what divides `rows` so that the kept ones cost nearest to the budget's target."""
-
-    @abstractmethod
-    def __call__(self, rows: pd.DataFrame) -> np.ndarray:
-        """What becomes of every row, (rows,) of names in `quadrants`."""
-
-
-class HighestPriority(SampleStrategy):
-    """Keeps the rows with the highest priority, as many as the budget allows."""
-
-    lowest = -math.inf
-
-    @abstractmethod
     def priority(self, rows: pd.DataFrame) -> Any:
         """Priority of every row, (rows,)."""
+        raise NotImplementedError
 
     def fit(self, rows: pd.DataFrame, budget: Budget) -> None:
-        """Find the lowest priority that is kept."""
+        """Find what divides `rows` so that the kept ones cost nearest to the budget's target."""
         # Each candidate keeps one more group of equal priorities.
         candidates, group = np.unique(-np.asarray(self.priority(rows), np.float64), return_inverse=True)
         distances = np.abs(np.cumsum(np.bincount(group, weights=budget.trimmed)) - budget.target)
@@ -98,7 +86,7 @@ class HighestPriority(SampleStrategy):
             self.lowest = -float(candidates[nearest : nearest + 2].mean())
 
     def __call__(self, rows: pd.DataFrame) -> np.ndarray:
-        """`kept` or `dropped` for every row, (rows,)."""
+        """What becomes of every row, (rows,) of names in `quadrants`."""
         return np.where(np.asarray(self.priority(rows), np.float64) >= self.lowest, KEPT, DROPPED)
 
 
@@ -113,12 +101,8 @@ def sample_strategy(name: str, *columns: str) -> Callable[[Priority], Priority]:
     """
 
     def register(function: Priority) -> Priority:
-        class Strategy(HighestPriority):
-            def priority(self, rows: pd.DataFrame) -> Any:
-                return function(rows, self.options)
-
-        Strategy.columns, Strategy.__name__ = columns, function.__name__
-        SAMPLE_STRATEGIES.add(name, Strategy, function.__doc__)
+        overridden = {"columns": columns, "priority": lambda self, rows: function(rows, self.options)}
+        SAMPLE_STRATEGIES.add(name, type(function.__name__, (SampleStrategy,), overridden), function.__doc__)
         return function
 
     return register

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from .quadrants import QUADRANTS, Thresholds, find_thresholds
-from .selection import SAMPLE_STRATEGIES, Budget, HighestPriority, Options, SampleStrategy, sample_strategy
+from .selection import SAMPLE_STRATEGIES, Budget, Options, SampleStrategy, sample_strategy
 
 
 @SAMPLE_STRATEGIES.register("eu_plane")
@@ -80,7 +80,7 @@ def ifd(rows: pd.DataFrame, options: Options) -> Any:
 
 
 @SAMPLE_STRATEGIES.register("infobatch")
-class InfoBatch(HighestPriority):
+class InfoBatch(SampleStrategy):
     """Error above the mean first, then at random (Qin et al., ICLR 2024).
 
     Without its rescaling of gradients, for which no trainer has a column.

@@ -114,6 +114,10 @@ def pieces_of(tokenizer: Any, tokens: Sequence[int], context: int = 8) -> list[s
     Decoded with a few tokens of context, as some tokenizers lose the leading space of a token that stands alone. A
     character that is spread over several tokens belongs to the last of them.
     """
+    if unknown := [token for token in tokens if not 0 <= token < 2**32]:
+        raise ValueError(
+            f"A row has the token {unknown[0]}, which no tokenizer knows; repair its input_ids and labels."
+        )
     pieces: list[str] = []
     complete = 0  # tokens whose text is out
     for end in range(1, len(tokens) + 1):

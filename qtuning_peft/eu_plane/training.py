@@ -9,7 +9,7 @@ pass, and the training step takes its hidden states for the kept samples, the on
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,21 +27,8 @@ from .scores import SCORES, mean
 from .selection import KEEP, TRIM
 from .tokenized import RowError, Sample, tokenized
 
-# Tensors of a batch with one entry for each token.
-PER_TOKEN = (
-    "input_ids", "labels", "attention_mask", "position_ids", "completion_mask", "assistant_masks", "seq_idx"
-)  # fmt: skip
 # What collators of packed rows say about where samples end, beside positions.
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a sample lies in a batch: its row, its first column and the one behind its last."""
-
-    row: int
-    start: int
-    stop: int
 
 
 class PruningCollator:
@@ -70,12 +57,12 @@ class PruningCollator:
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
         """Collate `examples` and prune the batch."""
         batch: dict[str, Any] = dict(self.collate(examples))
-        places, samples = samples_of(batch)
+        samples = samples_of(batch)
         if not samples:
             return batch
         device = causal_model(self.model).get_input_embeddings().weight.device
         with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            scores, states = self._score(batch, places, samples)
+            scores, states = self._score(batch, samples)
         columns: dict[str, list[Any]] = {name: [mean(values) for values in rows] for name, rows in scores.items()}
         if not all(np.isfinite(error) for error in columns["error"]):
             raise ValueError("The model's output is not finite for a batch; it cannot be pruned, nor trained on.")
@@ -83,45 +70,44 @@ class PruningCollator:
         columns["input_ids"] = [sample.input_ids for sample in samples]
 
         labels = torch.full_like(batch["labels"], IGNORE_INDEX)
-        kept_places = []
+        kept: list[Sample] = []
         for index, quadrant in enumerate(self.pruner.quadrants(columns)):
             if quadrant in KEEP:
-                place, sample = places[index], samples[index]
-                columns_of_tokens = np.flatnonzero(np.array(sample.labels) != IGNORE_INDEX) + place.start
+                sample = samples[index]
+                supervised = np.flatnonzero(np.array(sample.labels) != IGNORE_INDEX) + sample.start
                 if quadrant in TRIM and self.pruner.token_ratio < 1:
                     row = vars(sample) | {f"token_{name}": rows[index] for name, rows in scores.items()}
-                    columns_of_tokens = columns_of_tokens[self.pruner.kept_tokens(row)]
-                labels[place.row, columns_of_tokens] = batch["labels"][place.row, columns_of_tokens]
-                kept_places.append(place)
+                    supervised = supervised[self.pruner.kept_tokens(row)]
+                labels[sample.row, supervised] = batch["labels"][sample.row, supervised]
+                kept.append(sample)
         self.samples += len(samples)
-        self.kept_samples += len(kept_places)
+        self.kept_samples += len(kept)
         self.tokens += sum(columns["supervised_tokens"])
         self.kept_tokens += int((labels != IGNORE_INDEX).sum())
-        return self._without_dropped(batch | {"labels": labels}, kept_places, states)
+        return self._without_dropped(batch | {"labels": labels}, kept, states)
 
     def _score(
-        self, batch: dict[str, Any], places: list[Place], samples: list[Sample]
+        self, batch: dict[str, Any], samples: list[Sample]
     ) -> tuple[dict[str, list[np.ndarray]], BaseStates | None]:
         """Scores of every sample's tokens, and the base's states if there is a side network to use them."""
         names = (*PLANE, *self.pruner.scores)
         follower = follower_of(self.model)
         if follower is None or follower.host.active_network() is None:
-            return run(self.model, samples, len(samples), self.tokens_per_batch, names), None
+            return run(self.model, samples, self.tokens_per_batch, names), None
         model = causal_model(self.model)
         device = model.get_input_embeddings().weight.device
         inputs = {n: batch[n].to(device) for n in ("input_ids", "attention_mask", "position_ids") if n in batch}
         labels = torch.full_like(batch["labels"], IGNORE_INDEX)
-        for place, sample in zip(places, samples, strict=True):
-            labels[place.row, place.start : place.stop] = torch.tensor(sample.labels)
+        for sample in samples:
+            labels[sample.row, sample.start : sample.stop] = torch.tensor(sample.labels)
         with torch.no_grad():
             states = record_states(self.model, **inputs)
             found = scores_of_hidden_states(model, states.output, labels.to(device), names)
-        parts = by_sample(found, samples)
-        return {name: [part[i] for part in parts] for i, name in enumerate(names)}, states
+        return by_sample(found, samples), states
 
-    def _without_dropped(self, batch: dict[str, Any], kept: list[Place], states: BaseStates | None) -> dict[str, Any]:
+    def _without_dropped(self, batch: dict[str, Any], kept: list[Sample], states: BaseStates | None) -> dict[str, Any]:
         """`batch` without dropped samples: without their rows, or, in a packed row, without their tokens."""
-        rows = sorted({place.row for place in kept})
+        rows = sorted({sample.row for sample in kept})
         count, length = batch["labels"].shape
         if len(rows) < count:
             batch = {
@@ -134,16 +120,16 @@ class PruningCollator:
             reuse.serve_next(states.rows(torch.tensor(rows)))
             return batch
         used = torch.zeros(length, dtype=torch.bool)
-        for place in kept:
-            used[place.start : place.stop] = True
-        known = (*PER_TOKEN, *BOUNDARIES)
-        if all(name in known for name, value in batch.items() if isinstance(value, Tensor) and value.dim()):
-            sizes = [place.stop - place.start for place in sorted(kept, key=lambda place: (place.row, place.start))]
-            for name, value in batch.items():
-                if name in PER_TOKEN and isinstance(value, Tensor):
-                    batch[name] = value[:, used]
-                elif name in BOUNDARIES:
-                    batch[name] = torch.tensor([0, *np.cumsum(sizes)], dtype=value.dtype)
+        for sample in kept:
+            used[sample.start : sample.stop] = True
+        per_token = {
+            name for name, value in batch.items() if isinstance(value, Tensor) and value.shape == (len(rows), length)
+        }
+        if all(name in per_token or name in BOUNDARIES for name, value in batch.items() if np.ndim(value)):
+            # Samples follow each other as they do in the batch.
+            bounds = np.cumsum([0, *(len(sample.labels) for sample in kept)])
+            batch |= {name: batch[name][:, used] for name in per_token}
+            batch |= {name: torch.tensor(bounds, dtype=batch[name].dtype) for name in BOUNDARIES if name in batch}
         return batch
 
 
@@ -175,15 +161,14 @@ class EUPruningCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Wrap the collator of the training data."""
-        loader = getattr(kwargs["train_dataloader"], "base_dataloader", kwargs["train_dataloader"])
+        loader = self._let_go(kwargs)
         if loader.num_workers:
             cause = "batches are scored with the model, which lives in this process"
             raise ValueError(f"dataloader_num_workers is {loader.num_workers}, but {cause}; set it to 0.")
-        # An interrupted training has left both behind.
-        collate = loader.collate_fn.collate if isinstance(loader.collate_fn, PruningCollator) else loader.collate_fn
-        forget_states(kwargs["model"])
         autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        self.collator = PruningCollator(collate, kwargs["model"], self.pruner, self.tokens_per_batch, autocast)
+        self.collator = PruningCollator(
+            loader.collate_fn, kwargs["model"], self.pruner, self.tokens_per_batch, autocast
+        )
         self._logged = np.zeros(4, np.int64)
         loader.collate_fn = self.collator
 
@@ -203,34 +188,32 @@ class EUPruningCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the training data its collator back."""
+        self._let_go(kwargs)
+
+    @staticmethod
+    def _let_go(kwargs: dict[str, Any]) -> Any:
+        """The loader of the training data, with its own collator, and no states of the base that no step has taken.
+
+        An interrupted training leaves both behind.
+        """
         loader = getattr(kwargs["train_dataloader"], "base_dataloader", kwargs["train_dataloader"])
-        if self.collator is not None and loader.collate_fn is self.collator:
-            loader.collate_fn = self.collator.collate
-        forget_states(kwargs["model"])
+        if isinstance(loader.collate_fn, PruningCollator):
+            loader.collate_fn = loader.collate_fn.collate
+        if (reuse := reuse_of(kwargs["model"])) is not None:
+            reuse.waiting = []
+        return loader
 
 
-def forget_states(model: nn.Module) -> None:
-    """Drop states of the base that no step has taken."""
-    if (reuse := reuse_of(model)) is not None:
-        reuse.waiting = []
-
-
-def samples_of(batch: dict[str, Any]) -> tuple[list[Place], list[Sample]]:
-    """The samples of a batch that have supervised tokens, without padding, and where they lie."""
+def samples_of(batch: dict[str, Any]) -> list[Sample]:
+    """The samples of a batch that have supervised tokens, without padding."""
     for name in ("input_ids", "labels"):
         if not isinstance(batch.get(name), Tensor):
             raise ValueError(f"The collator returns no {name}, which pruning needs; use one that does.")
-    places: list[Place] = []
+    names = [name for name in ("input_ids", "labels", "attention_mask", "position_ids") if name in batch]
     samples: list[Sample] = []
-    for row, labels in enumerate(batch["labels"]):
-        values = {n: batch[n][row] for n in ("input_ids", "attention_mask", "position_ids") if n in batch}
-        seen = torch.nonzero(values.get("attention_mask", torch.ones_like(labels))).flatten()
+    for row in range(len(batch["labels"])):
         try:
-            encoded = tokenized(values | {"labels": labels})
+            samples += tokenized({name: batch[name][row] for name in names}).samples(row)
         except RowError as error:
             raise ValueError(f"Row {row} of a batch cannot be pruned: {error}.") from error
-        for begin, sample in encoded.samples(row):
-            start = int(seen[0]) + begin
-            samples.append(replace(sample, row=len(samples)))
-            places.append(Place(row, start, start + len(sample.labels)))
-    return places, samples
+    return samples
