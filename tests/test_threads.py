@@ -52,7 +52,7 @@ def gradient(model: Any, seed: int) -> Tensor:
 def scores(model: Any, seed: int) -> Tensor:
     ids = token_ids(3, 9, seed=seed).tolist()
     samples = [Sample(index, row, [-100, *row[1:]]) for index, row in enumerate(ids)]
-    found = run(model, samples, len(samples), 18)
+    found = run(model, samples, 18)
     return torch.cat([torch.from_numpy(values) for rows in found.values() for values in rows])
 
 
