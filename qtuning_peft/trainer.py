@@ -4,6 +4,8 @@ TRL and Axolotl bring a chunked loss of their own; the trainer is for those who 
 for any of them.
 """
 
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,7 +30,15 @@ class PrefixCachingCallback(TrainerCallback):
         data: Any = getattr(kwargs.get("train_dataloader"), "dataset", None)
         # A stream's rows could not be given back.
         if reuse is not None and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-            reuse.cache_prefix(common_prefix(data[index] for index in range(min(ROWS, len(data)))))
+            rows = [data[index] for index in range(min(ROWS, len(data)))]
+            reuse.cache_prefix(common_prefix(rows))
+            tokens = [list(row["input_ids"]) for row in rows if isinstance(row, Mapping) and "input_ids" in row]
+            if len(tokens) > 1 and all(row == tokens[0] for row in tokens):
+                warnings.warn(
+                    f"The first {len(tokens)} rows are the same {len(tokens[0])} tokens, as if few-shot examples fill "
+                    "max_length; use fewer examples, or raise it.",
+                    stacklevel=2,
+                )
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Free its keys and values."""

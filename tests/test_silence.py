@@ -213,3 +213,15 @@ def test_trainable_parameters_alone_are_no_adapter() -> None:
     assert len(alone) == len(side_parameters(model))
     with pytest.raises(ValueError, match=r"The adapter lacks .*center"):
         model.load_state_dict(alone, strict=False)
+
+
+def test_few_shot_examples_that_fill_the_rows(tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to="none", use_cpu=True)
+    ids = [*range(3, 30)]
+    for rows, warned in (([ids, ids], True), ([ids, [*ids[:-1], 5]], False)):
+        data = Dataset.from_dict({"input_ids": rows, "labels": rows})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Trainer(side_tuned(), arguments, train_dataset=data, callbacks=[PrefixCachingCallback()]).train()
+        found = [entry for entry in caught if "The first 2 rows are the same 27 tokens" in str(entry.message)]
+        assert bool(found) == warned
