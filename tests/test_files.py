@@ -12,7 +12,7 @@ from conftest import EVERY_PART, VOCABULARY, randomize_side_network, tiny, token
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qtuning_peft import SideTuningConfig
 
@@ -205,3 +205,23 @@ def test_a_resized_vocabulary_does_not_put_the_base_s_embeddings_into_the_adapte
     expected = model(token_ids()).logits
     again = PeftModel.from_pretrained(model.unload(), tmp_path / "adapter").eval()
     assert torch.equal(again(token_ids()).logits, expected)
+
+
+@pytest.mark.parametrize("twice", [True, False], ids=["scales quantized too", "scales as they are"])
+def test_a_quantized_base_computes_the_same_after_a_save(twice: bool, tmp_path: Path) -> None:
+    """bitsandbytes changes a layer on some CPUs when its state is taken."""
+    tiny(hidden_size=128, intermediate_size=256).save_pretrained(tmp_path / "base")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=twice,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"}
+    )
+    model = get_peft_model(base, SideTuningConfig(task_type="CAUSAL_LM")).eval()
+    randomize_side_network(model)
+    with torch.no_grad():
+        before = model(input_ids=token_ids()).logits
+        for _ in range(2):
+            model.save_pretrained(tmp_path / "adapter")
+            assert torch.equal(model(input_ids=token_ids()).logits, before)

@@ -138,7 +138,8 @@ class SideNetwork(nn.Module):
         # Their numbers are looked at until they are there and no longer, as that waits for the device; and not in a
         # graph, which they would break: `train` looks before.
         if not self._centered and not torch.compiler.is_compiling():
-            self._centered = any(tap.center is not None and bool(tap.center.any()) for tap in self.all_taps())
+            centers = [tap.center for tap in self.all_taps() if tap.center is not None and not tap.center.is_meta]
+            self._centered = any(bool(center.any()) for center in centers)
         return not self._centered
 
     def train(self, mode: bool = True) -> "SideNetwork":

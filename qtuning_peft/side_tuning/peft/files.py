@@ -72,6 +72,7 @@ def save_the_adapter_alone() -> None:
                 )
             kwargs["save_embedding_layers"] = False
             _warn_of_resized_vocabulary(model, model.peft_config[adapter_name].base_model_name_or_path)
+            state_dict = _own_tensors(model) if state_dict is None else state_dict
         if finds_names:
             return original(model, state_dict, adapter_name, *args, **kwargs)
         state_dict = model.state_dict() if state_dict is None else state_dict
@@ -83,6 +84,16 @@ def save_the_adapter_alone() -> None:
 
     for module in (peft, peft.functional, peft.peft_model, peft.utils, peft.utils.save_and_load):
         vars(module)[original.__name__] = get_peft_model_state_dict
+
+
+def _own_tensors(model: Any) -> dict[str, torch.Tensor]:
+    # Without the base: bitsandbytes re-quantizes the scales of 4-bit layers on some CPUs when their state is taken, and
+    # a base that goes on running would compute other numbers.
+    tensors: dict[str, torch.Tensor] = {}
+    for path, module in model.named_modules():
+        if path.endswith((f".{CONTAINER}", ".modules_to_save")):
+            tensors |= module.state_dict(prefix=f"{path}.")
+    return tensors
 
 
 def _warn_of_resized_vocabulary(model: Any, name: str | None) -> None:
