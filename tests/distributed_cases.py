@@ -1,0 +1,163 @@
+"""Trainings of a tiny model by one process or by two: `python -m torch.distributed.run ... distributed_cases.py`.
+
+Every case returns what can be compared: losses of the whole batch, and tensors of the side network. The processes
+write them to a folder, and `test_distributed.py` runs the same functions in one process.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from conftest import randomize_side_network, side_parameters, tiny, token_ids, word_tokenizer
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+from qtuning_peft import (
+    EUPruner,
+    EUPruningCallback,
+    HiddenStateCacheCallback,
+    PrefixCachingCallback,
+    SideTuningConfig,
+    SideTuningTrainer,
+)
+
+# What a process waits for the others; a case that hangs ends with an error after it.
+TIMEOUT = timedelta(seconds=40)
+GLOBAL_BATCH = 8
+Result = dict[str, Any]
+
+
+def world() -> int:
+    """Number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def side_tuned(dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
+    """A tiny Llama with a side network away from its start."""
+    model = get_peft_model(
+        tiny().to(dtype), SideTuningConfig(reduction_factor=4, tap_every=1, task_type="CAUSAL_LM", **fields)
+    ).train()
+    randomize_side_network(model)
+    return model
+
+
+def rows(count: int = 16, prefix: int = 20) -> Dataset:
+    """Rows of different lengths that begin alike."""
+    ids = token_ids(count, prefix + 12)
+    ids[:, :prefix] = ids[0, :prefix]
+    own = [row[: prefix + 6 + index % 7].tolist() for index, row in enumerate(ids)]
+    return Dataset.from_list([{"input_ids": row, "labels": [-100] * (prefix + 2) + row[prefix + 2 :]} for row in own])
+
+
+def settings(folder: Path, **overrides: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder), "per_device_train_batch_size": GLOBAL_BATCH // world(), "num_train_epochs": 2,
+        "learning_rate": 1e-2, "logging_steps": 1, "report_to": "none", "save_strategy": "no", "use_cpu": True,
+        "disable_tqdm": True, "bf16": False, "seed": 0,
+    } | overrides  # fmt: skip
+
+
+def trained(trainer: Any, folder: Path) -> Result:
+    """Train, save, and say what came out."""
+    trainer.train()
+    trainer.save_model(str(folder / "adapter"))
+    return {
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "tensors": {name: p.detach().clone() for name, p in side_parameters(trainer.model).items()},
+    }
+
+
+def trainer(folder: Path, kind: type = Trainer, callbacks: tuple[Any, ...] = (), **overrides: Any) -> Result:
+    """`Trainer`, or one like it, on a base whose cached states are exact."""
+    args = TrainingArguments(**settings(folder, **overrides))
+    # A callback holds what it caches: one of its own for each case.
+    return trained(
+        kind(
+            model=side_tuned(torch.bfloat16), args=args, train_dataset=rows(),
+            data_collator=DataCollatorForSeq2Seq(word_tokenizer()), callbacks=[make() for make in callbacks],
+        ),
+        folder,
+    )  # fmt: skip
+
+
+def caches() -> tuple[Any, ...]:
+    return PrefixCachingCallback, lambda: HiddenStateCacheCallback(0.01)
+
+
+def sft(folder: Path) -> Result:
+    """TRL's trainer, with both caches."""
+    from trl import SFTConfig, SFTTrainer
+
+    return trained(
+        SFTTrainer(
+            model=tiny().to(torch.bfloat16), args=SFTConfig(**settings(folder, max_length=64)), train_dataset=rows(),
+            processing_class=word_tokenizer(), callbacks=[make() for make in caches()],
+            peft_config=SideTuningConfig(reduction_factor=4, tap_every=1, task_type="CAUSAL_LM"),
+        ),
+        folder,
+    )  # fmt: skip
+
+
+def pruned_in_training(folder: Path) -> Result:
+    """Every process prunes its own batch; one process sees the same batches by accumulating gradients."""
+    pruning = lambda: EUPruningCallback(EUPruner(sample_ratio=0.5, token_ratio=0.5))  # noqa: E731
+    return trainer(
+        folder, callbacks=(pruning,), per_device_train_batch_size=GLOBAL_BATCH // 2,
+        gradient_accumulation_steps=2 // world(), remove_unused_columns=False,
+    )  # fmt: skip
+
+
+def pruned_before_training(folder: Path) -> Result:
+    """One process scores, the other waits for its scores."""
+    from qtuning_peft.integrations.blocks import EUPruningBlock
+    from qtuning_peft.integrations.trl import EUPruningSFTTrainer
+    from trl import SFTConfig
+
+    trainer = EUPruningSFTTrainer(
+        model=tiny().to(torch.bfloat16), args=SFTConfig(**settings(folder, max_length=64, num_train_epochs=3)), train_dataset=rows(),
+        processing_class=word_tokenizer(), eu_pruning=EUPruningBlock(sample_ratio=0.5, token_ratio=0.5),
+        peft_config=SideTuningConfig(reduction_factor=4, tap_every=1, task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    return trained(trainer, folder) | {"kept": [list(row) for row in trainer.train_dataset["input_ids"]]}
+
+
+CASES: dict[str, dict[str, Callable[[Path], Result]]] = {
+    "ddp": {
+        "Trainer": lambda folder: trainer(folder),
+        "Trainer, caches": lambda folder: trainer(folder, callbacks=caches()),
+        "SideTuningTrainer, cache": lambda folder: trainer(folder, SideTuningTrainer, callbacks=caches()[1:]),
+        "SFTTrainer, caches": sft,
+        "EUPruningCallback": pruned_in_training,
+        "EUPruningSFTTrainer": pruned_before_training,
+    },
+}
+
+
+def main(group: str, folder: Path) -> None:
+    """Run the cases of a group in this process, one of several."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    for name, case in CASES[group].items():
+        place = folder / name
+        place.mkdir(exist_ok=True)
+        try:
+            result = case(place)
+        except Exception:
+            # The other process would wait for this one.
+            torch.save({"error": traceback.format_exc()}, place / f"{dist.get_rank()}.pt")
+            raise
+        torch.save(result, place / f"{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
