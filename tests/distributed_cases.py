@@ -9,16 +9,21 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from conftest import randomize_side_network, side_parameters, tiny, token_ids, word_tokenizer
 from datasets import Dataset
 from peft import get_peft_model
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from qtuning_peft import (
@@ -29,6 +34,7 @@ from qtuning_peft import (
     SideTuningConfig,
     SideTuningTrainer,
 )
+from qtuning_peft.side_tuning.follow import find_decoder
 
 # What a process waits for the others; a case that hangs ends with an error after it.
 TIMEOUT = timedelta(seconds=40)
@@ -77,12 +83,13 @@ def trained(trainer: Any, folder: Path) -> Result:
 
 
 def trainer(folder: Path, kind: type = Trainer, callbacks: tuple[Any, ...] = (), **overrides: Any) -> Result:
-    """`Trainer`, or one like it, on a base whose cached states are exact."""
+    """`Trainer`, or one like it; the states of a base in 16 bits are cached as they are."""
     args = TrainingArguments(**settings(folder, **overrides))
+    dtype = torch.bfloat16 if callbacks else torch.float32
     # A callback holds what it caches: one of its own for each case.
     return trained(
         kind(
-            model=side_tuned(torch.bfloat16), args=args, train_dataset=rows(),
+            model=side_tuned(dtype), args=args, train_dataset=rows(),
             data_collator=DataCollatorForSeq2Seq(word_tokenizer()), callbacks=[make() for make in callbacks],
         ),
         folder,
@@ -122,12 +129,71 @@ def pruned_before_training(folder: Path) -> Result:
     from qtuning_peft.integrations.trl import EUPruningSFTTrainer
     from trl import SFTConfig
 
+    options = settings(folder, max_length=64, num_train_epochs=3)
     trainer = EUPruningSFTTrainer(
-        model=tiny().to(torch.bfloat16), args=SFTConfig(**settings(folder, max_length=64, num_train_epochs=3)), train_dataset=rows(),
+        model=tiny(), args=SFTConfig(**options), train_dataset=rows(),
         processing_class=word_tokenizer(), eu_pruning=EUPruningBlock(sample_ratio=0.5, token_ratio=0.5),
         peft_config=SideTuningConfig(reduction_factor=4, tap_every=1, task_type="CAUSAL_LM"),
     )  # fmt: skip
     return trained(trainer, folder) | {"kept": [list(row) for row in trainer.train_dataset["input_ids"]]}
+
+
+def fsdp2(model: Any) -> None:
+    """Every block a unit, and all else another."""
+    for block in find_decoder(model.get_base_model()).blocks:
+        fully_shard(block)
+    fully_shard(model)
+
+
+def accelerate_fsdp2(model: Any) -> None:
+    """As accelerate does it, which takes FSDP for GPUs only: embeddings and head are units of their own."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    fsdp2_prepare_model(SimpleNamespace(state=state, mixed_precision="no", is_main_process=True), model)
+
+
+def batch(begin: int, stop: int) -> dict[str, torch.Tensor]:
+    """Some of the rows, with another count of supervised tokens in each."""
+    return dict(DataCollatorForSeq2Seq(word_tokenizer())([dict(row) for row in rows(32).select(range(begin, stop))]))
+
+
+def steps(
+    folder: Path, shard: Callable[[Any], Any] = fsdp2, chunked: bool = True, batches: Sequence[Any] = ((0, 4, 8),) * 3,
+    prepare: Callable[[Any], Any] = lambda model: None, dtype: torch.dtype = torch.float32, **fields: Any,
+) -> Result:  # fmt: skip
+    """Steps of a plain loop; of each batch, (begin, middle, stop), two processes take the two parts."""
+    model = side_tuned(dtype, **fields)
+    passes = []
+    find_decoder(model.get_base_model()).blocks[0].register_forward_hook(lambda *_: passes.append(1))
+    whole = shard(model) or model if world() > 1 else model
+    prepare(model)
+    optimizer = torch.optim.AdamW([p for p in whole.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for begin, middle, stop in batches:
+        own = (begin, stop) if world() == 1 else (begin, middle) if dist.get_rank() == 0 else (middle, stop)
+        inputs, tokens = batch(*own), (batch(begin, stop)["labels"][:, 1:] != -100).sum()
+        # Sharding averages gradients over the processes.
+        loss = whole(**inputs, chunked_loss=chunked, num_items_in_batch=tokens / world()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(mean(loss.detach()))
+    whole_tensors = get_model_state_dict(
+        whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=False)
+    )
+    if world() == 1 or dist.get_rank() == 0:
+        model.save_pretrained(folder / "adapter", state_dict=whole_tensors)
+    return {
+        "losses": losses,
+        "passes": len(passes),
+        "tensors": {name: tensor.clone() for name, tensor in whole_tensors.items() if "qst_side_network" in name},
+    }
+
+
+def mean(value: torch.Tensor) -> float:
+    if world() > 1:
+        dist.all_reduce(value)
+    return value.item() / world()
 
 
 CASES: dict[str, dict[str, Callable[[Path], Result]]] = {
@@ -138,6 +204,15 @@ CASES: dict[str, dict[str, Callable[[Path], Result]]] = {
         "SFTTrainer, caches": sft,
         "EUPruningCallback": pruned_in_training,
         "EUPruningSFTTrainer": pruned_before_training,
+    },
+    "fsdp2": {
+        "additive": lambda folder: steps(folder),
+        "logits": lambda folder: steps(folder, chunked=False),
+        "paper": lambda folder: steps(folder, mixing="paper", side_attention=True),
+        "reference": lambda folder: steps(folder, mixing="reference"),
+        "int8": lambda folder: steps(folder, tap_storage="int8", downsample="linear"),
+        "int4": lambda folder: steps(folder, tap_storage="int4", downsample="linear"),
+        "accelerate": lambda folder: steps(folder, accelerate_fsdp2),
     },
 }
 
