@@ -22,8 +22,10 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from conftest import randomize_side_network, side_parameters, tiny, token_ids, word_tokenizer
 from datasets import Dataset
 from peft import get_peft_model
+from peft.utils.other import fsdp_auto_wrap_policy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from qtuning_peft import (
@@ -34,7 +36,8 @@ from qtuning_peft import (
     SideTuningConfig,
     SideTuningTrainer,
 )
-from qtuning_peft.side_tuning.follow import find_decoder
+from qtuning_peft.side_tuning.follow import find_decoder, record_states
+from qtuning_peft.states import cache_states, reuse_of
 
 # What a process waits for the others; a case that hangs ends with an error after it.
 TIMEOUT = timedelta(seconds=40)
@@ -152,9 +155,18 @@ def accelerate_fsdp2(model: Any) -> None:
     fsdp2_prepare_model(SimpleNamespace(state=state, mixed_precision="no", is_main_process=True), model)
 
 
+def fsdp1(model: Any) -> Any:
+    """The older FSDP, which needs `use_orig_params` for a base that is frozen."""
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=fsdp_auto_wrap_policy(model), use_orig_params=True, device_id=torch.device("cpu")
+    )
+
+
 def batch(begin: int, stop: int) -> dict[str, torch.Tensor]:
-    """Some of the rows, with another count of supervised tokens in each."""
-    return dict(DataCollatorForSeq2Seq(word_tokenizer())([dict(row) for row in rows(32).select(range(begin, stop))]))
+    """Some of the rows, with another count of supervised tokens in each; none from row 24 on."""
+    inputs = dict(DataCollatorForSeq2Seq(word_tokenizer())([dict(row) for row in rows(32).select(range(begin, stop))]))
+    inputs["labels"][torch.arange(begin, stop) >= 24] = -100
+    return inputs
 
 
 def steps(
@@ -190,6 +202,37 @@ def steps(
     }
 
 
+UNLABELLED = ((20, 24, 28), (0, 4, 8), (0, 4, 8))
+MET_AGAIN = ((0, 4, 8), (0, 4, 8 + 4), (0, 4, 8 + 4))
+
+
+def cached(model: Any) -> None:
+    cache_states(model, 2**24)
+
+
+def cached_prefix(model: Any) -> None:
+    cached(model)
+    reuse_of(model).cache_prefix(batch(0, 1)["input_ids"][0, :18].tolist())
+
+
+def one_prefix(model: Any) -> None:
+    """The rows of one process alone begin with the prefix."""
+    cached_prefix(model)
+    if world() > 1 and dist.get_rank() == 1:
+        reuse_of(model).prefix.input_ids += 1
+
+
+def recorded(model: Any) -> None:
+    """One process alone has states for its first batch."""
+    if world() > 1 and dist.get_rank() == 0:
+        alone = side_tuned()
+        inputs = batch(0, 4)
+        states = record_states(alone, inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        reuse_of(model).serve_next(states)
+    else:
+        reuse_of(model)
+
+
 def mean(value: torch.Tensor) -> float:
     if world() > 1:
         dist.all_reduce(value)
@@ -204,15 +247,28 @@ CASES: dict[str, dict[str, Callable[[Path], Result]]] = {
         "SFTTrainer, caches": sft,
         "EUPruningCallback": pruned_in_training,
         "EUPruningSFTTrainer": pruned_before_training,
+        "nothing supervised in one process": lambda folder: steps(folder, DistributedDataParallel, batches=UNLABELLED),
     },
     "fsdp2": {
         "additive": lambda folder: steps(folder),
+        "nothing supervised in one process": lambda folder: steps(folder, accelerate_fsdp2, batches=UNLABELLED),
         "logits": lambda folder: steps(folder, chunked=False),
         "paper": lambda folder: steps(folder, mixing="paper", side_attention=True),
         "reference": lambda folder: steps(folder, mixing="reference"),
         "int8": lambda folder: steps(folder, tap_storage="int8", downsample="linear"),
         "int4": lambda folder: steps(folder, tap_storage="int4", downsample="linear"),
         "accelerate": lambda folder: steps(folder, accelerate_fsdp2),
+        # The first process meets rows 0 to 3 again in the second step, the second its own only in the third.
+        "cache": lambda folder: steps(folder, batches=MET_AGAIN, prepare=cached, dtype=torch.bfloat16),
+        "prefix, cache": lambda folder: steps(folder, batches=MET_AGAIN, prepare=cached_prefix, dtype=torch.bfloat16),
+        "prefix of one": lambda folder: steps(folder, batches=MET_AGAIN, prepare=one_prefix, dtype=torch.bfloat16),
+        "recorded": lambda folder: steps(folder, prepare=recorded),
+    },
+    "fsdp1": {
+        "additive": lambda folder: steps(folder, fsdp1),
+        "cache": lambda folder: steps(folder, fsdp1, batches=MET_AGAIN, prepare=cached, dtype=torch.bfloat16),
+        "int8": lambda folder: steps(folder, fsdp1, tap_storage="int8"),
+        "paper": lambda folder: steps(folder, fsdp1, mixing="paper"),
     },
 }
 
