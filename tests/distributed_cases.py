@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,8 @@ from peft.utils.other import fsdp_auto_wrap_policy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from qtuning_peft import (
     EUPruner,
@@ -79,10 +81,17 @@ def trained(trainer: Any, folder: Path) -> Result:
     """Train, save, and say what came out."""
     trainer.train()
     trainer.save_model(str(folder / "adapter"))
-    return {
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "tensors": {name: p.detach().clone() for name, p in side_parameters(trainer.model).items()},
-    }
+    parameters = side_parameters(trainer.model)
+    whole: Any = nullcontext()
+    if trainer.is_deepspeed_enabled:
+        import deepspeed
+
+        whole = deepspeed.zero.GatheredParameters(list(parameters.values()))
+    with whole:
+        return {
+            "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+            "tensors": {name: parameter.detach().clone() for name, parameter in parameters.items()},
+        }
 
 
 def trainer(folder: Path, kind: type = Trainer, callbacks: tuple[Any, ...] = (), **overrides: Any) -> Result:
@@ -175,8 +184,7 @@ def steps(
 ) -> Result:  # fmt: skip
     """Steps of a plain loop; of each batch, (begin, middle, stop), two processes take the two parts."""
     model = side_tuned(dtype, **fields)
-    passes = []
-    find_decoder(model.get_base_model()).blocks[0].register_forward_hook(lambda *_: passes.append(1))
+    passes = count_passes(model)
     whole = shard(model) or model if world() > 1 else model
     prepare(model)
     optimizer = torch.optim.AdamW([p for p in whole.parameters() if p.requires_grad], lr=1e-2)
@@ -239,6 +247,59 @@ def mean(value: torch.Tensor) -> float:
     return value.item() / world()
 
 
+def zero3(
+    folder: Path, kind: Any = SideTuningTrainer, callbacks: tuple[Any, ...] = (), data: Dataset | None = None,
+    arguments: Any = TrainingArguments, options: Mapping[str, Any] = {}, **fields: Any,
+) -> Result:  # fmt: skip
+    """A base that DeepSpeed has partitioned while it was loaded."""
+    unset_hf_deepspeed_config()  # of the case before
+    tiny().to(torch.bfloat16 if callbacks else torch.float32).save_pretrained(folder / "base")
+    config = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}} | dict.fromkeys(
+        ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+        "auto",
+    )
+    if world() > 1:
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")
+        dist.barrier()  # the first process saves
+        # torch's AdamW, as DeepSpeed's own would be compiled.
+        options = {**options, "deepspeed": config | {"zero_allow_untested_optimizer": True}}
+    args = arguments(**settings(folder, **options))
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    assert world() == 1 or base.lm_head.weight.numel() == 0
+    model = get_peft_model(base, SideTuningConfig(reduction_factor=4, tap_every=1, task_type="CAUSAL_LM", **fields))
+    randomize_side_network(model)
+    passes = count_passes(model)
+    trainer = kind(
+        model=model, args=args, train_dataset=data or rows(), processing_class=word_tokenizer(),
+        data_collator=DataCollatorForSeq2Seq(word_tokenizer()), callbacks=[make() for make in callbacks],
+    )  # fmt: skip
+    return trained(trainer, folder) | {"passes": len(passes)}
+
+
+def count_passes(model: Any) -> list[int]:
+    """Is longer by one after every pass of the base."""
+    passes: list[int] = []
+    find_decoder(model.get_base_model()).blocks[0].register_forward_hook(lambda *_: passes.append(1))
+    return passes
+
+
+def few_supervised() -> Dataset:
+    """Four rows of sixteen with labels: a process often has none."""
+    data = rows().to_list()
+    return Dataset.from_list(
+        [row if index % 5 == 0 else row | {"labels": [-100] * len(row["labels"])} for index, row in enumerate(data)]
+    )
+
+
+def zero3_sft(folder: Path) -> Result:
+    """TRL's trainer, with its own chunked loss."""
+    from trl import SFTConfig, SFTTrainer
+
+    return zero3(folder, SFTTrainer, arguments=SFTConfig, options={"max_length": 64})
+
+
 CASES: dict[str, dict[str, Callable[[Path], Result]]] = {
     "ddp": {
         "Trainer": lambda folder: trainer(folder),
@@ -269,6 +330,15 @@ CASES: dict[str, dict[str, Callable[[Path], Result]]] = {
         "cache": lambda folder: steps(folder, fsdp1, batches=MET_AGAIN, prepare=cached, dtype=torch.bfloat16),
         "int8": lambda folder: steps(folder, fsdp1, tap_storage="int8"),
         "paper": lambda folder: steps(folder, fsdp1, mixing="paper"),
+    },
+    "zero3": {
+        "Trainer": lambda folder: zero3(folder, Trainer),
+        "SideTuningTrainer": lambda folder: zero3(folder),
+        "SideTuningTrainer, cache": lambda folder: zero3(folder, callbacks=caches()[1:]),
+        "nothing supervised in one process": lambda folder: zero3(folder, data=few_supervised()),
+        "SFTTrainer": zero3_sft,
+        "int8": lambda folder: zero3(folder, tap_storage="int8"),
+        "paper": lambda folder: zero3(folder, mixing="paper", side_attention=True),
     },
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -21,13 +22,13 @@ GROUPS = [(group, name) for group, cases in CASES.items() for name in cases]
 def launch(group: str, folder: Path) -> str:
     """Run a group's cases by two processes; returns the end of what they print."""
     tests = Path(distributed_cases.__file__).parent
+    own = {"PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
             distributed_cases.__file__, group, str(folder),
         ],
-        env=os.environ | {"PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        env=os.environ | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip
     return done.stdout[-4000:]
 
@@ -54,12 +55,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize(("group", "name"), GROUPS)
 def test_two_processes_train_as_one(group: str, name: str, results: Any, tmp_path: Path) -> None:
+    if group == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs DeepSpeed: pip install deepspeed")
     folder, (first, second) = results(group, name)
     alone = CASES[group][name](tmp_path)
     assert len(first["losses"]) >= 3
     assert first["losses"] == pytest.approx(alone["losses"], rel=1e-3 if "cache" in name or "prefix" in name else 1e-5)
     assert first.get("passes") == second.get("passes")
-    if name != "prefix of one":
+    if group.startswith("fsdp") and name != "prefix of one":
         assert first.get("passes") == alone.get("passes")
     assert first.get("kept") == second.get("kept") == alone.get("kept")
     assert first["tensors"].keys() == alone["tensors"].keys()
