@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,15 @@ from peft.utils.other import fsdp_auto_wrap_policy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from qtuning_peft import (
@@ -38,6 +47,7 @@ from qtuning_peft import (
     SideTuningConfig,
     SideTuningTrainer,
 )
+from qtuning_peft.sharding import is_sharded
 from qtuning_peft.side_tuning.follow import find_decoder, record_states
 from qtuning_peft.states import cache_states, reuse_of
 
@@ -186,6 +196,7 @@ def steps(
     model = side_tuned(dtype, **fields)
     passes = count_passes(model)
     whole = shard(model) or model if world() > 1 else model
+    assert is_sharded(whole) == (world() > 1 and shard is not DistributedDataParallel)
     prepare(model)
     optimizer = torch.optim.AdamW([p for p in whole.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -300,6 +311,41 @@ def zero3_sft(folder: Path) -> Result:
     return zero3(folder, SFTTrainer, arguments=SFTConfig, options={"max_length": 64})
 
 
+def refused(case: Callable[[Path], Any]) -> Callable[[Path], Result]:
+    """A case that ends with a ValueError in every process."""
+
+    def attempt(folder: Path) -> Result:
+        try:
+            case(folder)
+        except ValueError as error:
+            return {"refused": str(error)}
+        return {}
+
+    return attempt
+
+
+def pruned_in_sharded_training(folder: Path) -> None:
+    model = side_tuned()
+    fsdp2(model)
+    loader = DataLoader(Dataset.from_dict({"input_ids": [[1, 2]]}))
+    EUPruningCallback(EUPruner(sample_ratio=0.5)).on_train_begin(
+        TrainingArguments(**settings(folder)), TrainerState(), TrainerControl(), model=model, train_dataloader=loader
+    )
+
+
+def pruned_before_sharded_training(folder: Path) -> None:
+    from qtuning_peft.integrations.blocks import EUPruningBlock
+    from qtuning_peft.integrations.trl import EUPruningSFTTrainer
+    from trl import SFTConfig
+
+    pruning = partial(EUPruningSFTTrainer, eu_pruning=EUPruningBlock(sample_ratio=0.5))
+    zero3(folder, pruning, arguments=SFTConfig, options={"max_length": 64})
+
+
+REFUSED = {
+    "fsdp2": {"EUPruningCallback, refused": refused(pruned_in_sharded_training)},
+    "zero3": {"EUPruningSFTTrainer, refused": refused(pruned_before_sharded_training)},
+}
 CASES: dict[str, dict[str, Callable[[Path], Result]]] = {
     "ddp": {
         "Trainer": lambda folder: trainer(folder),
@@ -347,7 +393,7 @@ def main(group: str, folder: Path) -> None:
     """Run the cases of a group in this process, one of several."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=TIMEOUT)
-    for name, case in CASES[group].items():
+    for name, case in (CASES[group] | REFUSED.get(group, {})).items():
         place = folder / name
         place.mkdir(exist_ok=True)
         try:

@@ -12,9 +12,13 @@ from typing import Any
 import distributed_cases
 import pytest
 import torch
-from conftest import tiny, token_ids
-from distributed_cases import CASES
-from peft import PeftModel
+from conftest import side_parameters, tiny, token_ids
+from distributed_cases import CASES, REFUSED
+from peft import PeftModel, get_peft_model
+
+from qtuning_peft import SideTuningConfig
+from qtuning_peft.head import positions_at_once
+from qtuning_peft.side_tuning.follow import find_decoder
 
 GROUPS = [(group, name) for group, cases in CASES.items() for name in cases]
 
@@ -40,6 +44,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     printed: dict[str, str] = {}
 
     def of(group: str, name: str) -> tuple[Path, list[dict[str, Any]]]:
+        if group == "zero3" and importlib.util.find_spec("deepspeed") is None:
+            pytest.skip("needs DeepSpeed: pip install deepspeed")
         if group not in folders:
             folders[group] = tmp_path_factory.mktemp(group)
             printed[group] = launch(group, folders[group])
@@ -55,8 +61,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize(("group", "name"), GROUPS)
 def test_two_processes_train_as_one(group: str, name: str, results: Any, tmp_path: Path) -> None:
-    if group == "zero3" and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("needs DeepSpeed: pip install deepspeed")
     folder, (first, second) = results(group, name)
     alone = CASES[group][name](tmp_path)
     assert len(first["losses"]) >= 3
@@ -73,3 +77,25 @@ def test_two_processes_train_as_one(group: str, name: str, results: Any, tmp_pat
         if "qst_side_network" in key:
             assert torch.equal(tensor, first["tensors"][key]), key
     assert torch.isfinite(loaded(input_ids=token_ids()).logits).all()
+
+
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group, cases in REFUSED.items() for name in cases])
+def test_pruning_by_a_sharded_model_is_refused(group: str, name: str, results: Any) -> None:
+    """Whether and how often a batch is scored depends on the batch, and the others would wait."""
+    _, found = results(group, name)
+    assert all("The model is sharded" in result["refused"] for result in found)
+
+
+def test_a_partitioned_base_is_read_by_its_whole_shape() -> None:
+    """ZeRO-3 leaves empty tensors with attributes; here without DeepSpeed."""
+    base = tiny()
+    expected = find_decoder(base)
+    for parameter in base.parameters():
+        parameter.ds_shape = parameter.shape
+        parameter.data = torch.empty(0)
+    found = find_decoder(base)
+    assert (found.norm_path, found.shape) == (expected.norm_path, expected.shape)
+    assert len(found.blocks) == len(expected.blocks)
+    assert positions_at_once(base, 1000) == 10
+    model = get_peft_model(base, SideTuningConfig(reduction_factor=4))
+    assert side_parameters(model)
