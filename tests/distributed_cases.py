@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from conftest import randomize_side_network, side_parameters, tiny, token_ids, word_tokenizer
+from conftest import randomize_side_network, tiny, token_ids, word_tokenizer
 from datasets import Dataset
 from peft import get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
@@ -54,6 +54,7 @@ from qtuning_peft.states import cache_states, reuse_of
 # What a process waits for the others; a case that hangs ends with an error after it.
 TIMEOUT = timedelta(seconds=40)
 GLOBAL_BATCH = 8
+SIDE = "qst_side_network"
 Result = dict[str, Any]
 
 
@@ -89,19 +90,36 @@ def settings(folder: Path, **overrides: Any) -> dict[str, Any]:
 
 def trained(trainer: Any, folder: Path) -> Result:
     """Train, save, and say what came out."""
+    passes = count_passes(trainer.model)
     trainer.train()
     trainer.save_model(str(folder / "adapter"))
-    parameters = side_parameters(trainer.model)
+    passed = len(passes)
+    own = {name: tensor for name, tensor in trainer.model.state_dict(keep_vars=True).items() if SIDE in name}
     whole: Any = nullcontext()
     if trainer.is_deepspeed_enabled:
         import deepspeed
 
-        whole = deepspeed.zero.GatheredParameters(list(parameters.values()))
+        whole = deepspeed.zero.GatheredParameters([p for p in own.values() if p.requires_grad])
     with whole:
-        return {
-            "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-            "tensors": {name: parameter.detach().clone() for name, parameter in parameters.items()},
-        }
+        tensors = {name: tensor.detach().clone() for name, tensor in own.items()}
+    return {
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], "passes": passed,
+        "tensors": tensors, "logits": logits(trainer.model_wrapped),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    """Of the trained model, as it is wrapped."""
+    model.eval()  # DeepSpeed's returns nothing
+    return model(input_ids=token_ids()).logits
+
+
+def count_passes(model: Any) -> list[int]:
+    """Is longer by one after every pass of the base."""
+    passes: list[int] = []
+    find_decoder(model.get_base_model()).blocks[0].register_forward_hook(lambda *_: passes.append(1))
+    return passes
 
 
 def trainer(folder: Path, kind: type = Trainer, callbacks: tuple[Any, ...] = (), **overrides: Any) -> Result:
@@ -209,6 +227,7 @@ def steps(
         optimizer.step()
         optimizer.zero_grad()
         losses.append(mean(loss.detach()))
+    passed = len(passes)
     whole_tensors = get_model_state_dict(
         whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=False)
     )
@@ -216,8 +235,9 @@ def steps(
         model.save_pretrained(folder / "adapter", state_dict=whole_tensors)
     return {
         "losses": losses,
-        "passes": len(passes),
-        "tensors": {name: tensor.clone() for name, tensor in whole_tensors.items() if "qst_side_network" in name},
+        "passes": passed,
+        "tensors": {name: tensor.clone() for name, tensor in whole_tensors.items() if SIDE in name},
+        "logits": logits(whole),
     }
 
 
@@ -281,19 +301,11 @@ def zero3(
     assert world() == 1 or base.lm_head.weight.numel() == 0
     model = get_peft_model(base, SideTuningConfig(reduction_factor=4, tap_every=1, task_type="CAUSAL_LM", **fields))
     randomize_side_network(model)
-    passes = count_passes(model)
     trainer = kind(
         model=model, args=args, train_dataset=data or rows(), processing_class=word_tokenizer(),
         data_collator=DataCollatorForSeq2Seq(word_tokenizer()), callbacks=[make() for make in callbacks],
     )  # fmt: skip
-    return trained(trainer, folder) | {"passes": len(passes)}
-
-
-def count_passes(model: Any) -> list[int]:
-    """Is longer by one after every pass of the base."""
-    passes: list[int] = []
-    find_decoder(model.get_base_model()).blocks[0].register_forward_hook(lambda *_: passes.append(1))
-    return passes
+    return trained(trainer, folder)
 
 
 def few_supervised() -> Dataset:
