@@ -25,7 +25,7 @@ def agreed(decision: bool, module: nn.Module, like: Tensor) -> bool:
 
     All processes must ask the same questions in the same order. `like` is a tensor on the device that computes.
     """
-    return bool(-most(-int(decision), module, like))
+    return not most(int(not decision), module, like)
 
 
 def most(number: int, module: nn.Module, like: Tensor) -> int:

@@ -52,7 +52,7 @@ from qtuning_peft.side_tuning.follow import find_decoder, record_states
 from qtuning_peft.states import cache_states, reuse_of
 
 # What a process waits for the others; a case that hangs ends with an error after it.
-TIMEOUT = timedelta(seconds=40)
+TIMEOUT = timedelta(seconds=120)
 GLOBAL_BATCH = 8
 SIDE = "qst_side_network"
 Result = dict[str, Any]
@@ -81,6 +81,7 @@ def rows(count: int = 16, prefix: int = 20) -> Dataset:
 
 
 def settings(folder: Path, **overrides: Any) -> dict[str, Any]:
+    """Arguments of a trainer: four steps of eight rows."""
     return {
         "output_dir": str(folder), "per_device_train_batch_size": GLOBAL_BATCH // world(), "num_train_epochs": 2,
         "learning_rate": 1e-2, "logging_steps": 1, "report_to": "none", "save_strategy": "no", "use_cpu": True,
@@ -137,6 +138,7 @@ def trainer(folder: Path, kind: type = Trainer, callbacks: tuple[Any, ...] = (),
 
 
 def caches() -> tuple[Any, ...]:
+    """Makers of both callbacks."""
     return PrefixCachingCallback, lambda: HiddenStateCacheCallback(0.01)
 
 
@@ -246,10 +248,12 @@ MET_AGAIN = ((0, 4, 8), (0, 4, 8 + 4), (0, 4, 8 + 4))
 
 
 def cached(model: Any) -> None:
+    """With the hidden-state cache."""
     cache_states(model, 2**24)
 
 
 def cached_prefix(model: Any) -> None:
+    """With the prefix too."""
     cached(model)
     reuse_of(model).cache_prefix(batch(0, 1)["input_ids"][0, :18].tolist())
 
@@ -273,6 +277,7 @@ def recorded(model: Any) -> None:
 
 
 def mean(value: torch.Tensor) -> float:
+    """Over the processes."""
     if world() > 1:
         dist.all_reduce(value)
     return value.item() / world()
@@ -337,6 +342,7 @@ def refused(case: Callable[[Path], Any]) -> Callable[[Path], Result]:
 
 
 def pruned_in_sharded_training(folder: Path) -> None:
+    """Dynamic pruning beside FSDP2."""
     model = side_tuned()
     fsdp2(model)
     loader = DataLoader(Dataset.from_dict({"input_ids": [[1, 2]]}))
@@ -346,6 +352,7 @@ def pruned_in_sharded_training(folder: Path) -> None:
 
 
 def pruned_before_sharded_training(folder: Path) -> None:
+    """Static pruning by a partitioned base."""
     from qtuning_peft.integrations.blocks import EUPruningBlock
     from qtuning_peft.integrations.trl import EUPruningSFTTrainer
     from trl import SFTConfig

@@ -84,7 +84,9 @@ def require_whole_file(name: str, folder: Path, trained: dict[str, Any]) -> None
     assert tensors.keys() == trained["tensors"].keys()
     for key, tensor in tensors.items():
         assert torch.equal(tensor, trained["tensors"][key]), f"{name}: {key}"
-    torch.testing.assert_close(loaded(input_ids=token_ids()).logits, trained["logits"], msg=lambda said: f"{name}: {said}")
+    torch.testing.assert_close(
+        loaded(input_ids=token_ids()).logits, trained["logits"], msg=lambda said: f"{name}: {said}"
+    )
 
 
 def test_a_partitioned_base_is_read_by_its_whole_shape() -> None:

@@ -52,7 +52,7 @@ class Reuse:
         inputs = {"input_ids": args[0], **kwargs} if len(args) == 1 else kwargs
         if len(args) <= 1 and may_serve(follower, inputs, by_row=False):
             # What is asked next must not depend on this process's batch alone.
-            like = next(value for value in inputs.values() if isinstance(value, Tensor))
+            like = next((value for value in inputs.values() if isinstance(value, Tensor)), torch.empty(0))
             decoder, states = follower.decoder, self._recorded_for(inputs)
             if agreed(states is not None, decoder, like):
                 assert states is not None
