@@ -19,6 +19,7 @@ from qtuning_peft.eu_plane import EUPruningCallback, score
 from qtuning_peft.eu_plane.report import write_report
 from qtuning_peft.hub.metadata import TrainingMetadata
 from qtuning_peft.loading import load_model
+from qtuning_peft.sharding import is_sharded
 from qtuning_peft.trainer import PrefixCachingCallback
 
 from .blocks import EUPruningBlock
@@ -64,6 +65,11 @@ def prune_before_training(
     Raises:
         ValueError: when nothing would be kept, or the data cannot be scored.
     """
+    if is_sharded(model):
+        raise ValueError(
+            "The model is sharded (ZeRO-3), and one process scores while the others wait; prune the data beforehand, "
+            "with qtuning prune."
+        )
     names = ("input_ids", "labels", "attention_mask", "position_ids", "seq_lengths")
     rows = dataset.select_columns([name for name in names if name in dataset.column_names])
     state = PartialState()

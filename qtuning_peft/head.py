@@ -14,6 +14,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from .sharding import shape_of
+
 
 def causal_model(model: nn.Module) -> Any:
     """The transformers model inside `model`, adapters included; a `ValueError` when it has no decoder and head."""
@@ -40,7 +42,7 @@ def is_causal(model: nn.Module) -> bool:
 
 def positions_at_once(base: Any, elements: int) -> int:
     """How many positions' logits are at most `elements` numbers; at least one."""
-    vocabulary: int = base.get_output_embeddings().weight.shape[0]
+    vocabulary = shape_of(base.get_output_embeddings().weight)[0]
     return max(1, elements // vocabulary)
 
 

@@ -7,7 +7,7 @@ Nothing in the head is trained, so a chunk's gradient can be taken at once, in t
 is saved for backward, d numbers a token instead of several times the vocabulary, and no logit is computed twice.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .head import causal_model, head_of, positions_at_once
 from .reading import IGNORE_INDEX, reading_from, unsupervised_columns
+from .sharding import most
 
 __all__ = ["IGNORE_INDEX", "chunked_cross_entropy", "summed_cross_entropy", "supervised_positions"]
 
@@ -44,7 +45,9 @@ def chunked_cross_entropy(
     hidden_states, targets = supervised_positions(output.last_hidden_state, labels)
     frozen = not any(parameter.requires_grad for parameter in base.get_output_embeddings().parameters())
     chunk = positions_at_once(base, CHUNK_ELEMENTS)
-    total = summed_cross_entropy(head_of(base, output), hidden_states, targets, chunk, frozen)
+    # A sharded head is run equally often by all processes.
+    chunks = most(-(-len(targets) // chunk), base, hidden_states)
+    total = summed_cross_entropy(head_of(base, output), hidden_states, targets, chunk, frozen, chunks)
     return total / (num_items if num_items is not None else max(1, len(targets)))
 
 
@@ -63,7 +66,9 @@ def supervised_positions(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor,
     return hidden_states[:, :-1][supervised], targets[supervised]
 
 
-def summed_cross_entropy(head: Head, hidden_states: Tensor, targets: Tensor, chunk: int, frozen: bool) -> Tensor:
+def summed_cross_entropy(
+    head: Head, hidden_states: Tensor, targets: Tensor, chunk: int, frozen: bool, chunks: int = 0
+) -> Tensor:
     """Sum of the targets' negative log-likelihoods in nats, a float32 scalar (float64 for float64 logits).
 
     Args:
@@ -72,14 +77,20 @@ def summed_cross_entropy(head: Head, hidden_states: Tensor, targets: Tensor, chu
         targets: (tokens,), int64.
         chunk: Tokens whose logits are held at a time.
         frozen: Whether nothing in `head` needs a gradient. If something does, backward computes logits once more.
+        chunks: Run `head` that often at least, on no tokens behind the last.
     """
     if frozen and hidden_states.requires_grad and torch.is_grad_enabled():
-        total: Tensor = _FrozenHead.apply(hidden_states, targets, head, chunk)
+        total: Tensor = _FrozenHead.apply(hidden_states, targets, head, chunk, chunks)
         return total
     total = hidden_states.new_zeros((), dtype=torch.promote_types(hidden_states.dtype, torch.float32))
-    for states, wanted in zip(hidden_states.split(chunk), targets.split(chunk), strict=True):
-        total = total + checkpoint(_summed, head, states, wanted, use_reentrant=False)
+    for here in _chunks(len(targets), chunk, chunks):
+        total = total + checkpoint(_summed, head, hidden_states[here], targets[here], use_reentrant=False)
     return total
+
+
+def _chunks(tokens: int, size: int, least: int) -> Iterator[slice]:
+    for start in range(0, max(tokens, least * size), size):
+        yield slice(start, start + size)
 
 
 def _summed(head: Head, hidden_states: Tensor, targets: Tensor) -> Tensor:
@@ -90,11 +101,10 @@ def _summed(head: Head, hidden_states: Tensor, targets: Tensor) -> Tensor:
 
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, targets: Tensor, head: Head, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden_states: Tensor, targets: Tensor, head: Head, chunk: int, chunks: int) -> Tensor:
         gradient = torch.empty_like(hidden_states)  # (tokens, d)
         total = hidden_states.new_zeros((), dtype=torch.promote_types(hidden_states.dtype, torch.float32))
-        for start in range(0, len(hidden_states), chunk):
-            here = slice(start, start + chunk)
+        for here in _chunks(len(hidden_states), chunk, chunks):
             with torch.enable_grad():
                 states = hidden_states[here].detach().requires_grad_()
                 loss = _summed(head, states, targets[here])
@@ -107,4 +117,4 @@ class _FrozenHead(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outer, None, None, None
+        return gradient * outer, None, None, None, None

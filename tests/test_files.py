@@ -49,10 +49,10 @@ def test_the_exact_tensors_of_a_saved_adapter(tmp_path: Path) -> None:
         "adapter_model.safetensors",
     ]
     expected = {"embedding_tap.down.weight": (16, 64), "embedding_tap.norm.weight": (16,), "norm.weight": (16,)}
-    expected |= {"mix.up_proj.weight": (64, 16), "mix.up_proj.bias": (64,), "mix.weight": ()}
+    expected |= {"mix.up_proj.weight": (64, 16), "mix.up_proj.bias": (64,), "mix.weight": (1,)}
     expected |= {f"{tap}.center": (64,) for tap in ("embedding_tap", "taps.0", "taps.1", "taps.2")}
     for i in range(3):
-        expected |= {f"taps.{i}.down.weight": (16, 64), f"taps.{i}.norm.weight": (16,), f"gates.{i}.weight": ()}
+        expected |= {f"taps.{i}.down.weight": (16, 64), f"taps.{i}.norm.weight": (16,), f"gates.{i}.weight": (1,)}
         expected |= {f"blocks.{i}.{name}": shape for name, shape in BLOCK.items()}
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert {key: tuple(tensor.shape) for key, tensor in saved.items()} == {PREFIX + k: v for k, v in expected.items()}

@@ -340,7 +340,7 @@ def expected_shapes(family: str, downsample: str, norm: bool, mixing: str) -> di
     if mixing == "additive":
         shapes["mix.correction.weight"] = (d, d)
     else:
-        shapes["mix.weight"] = () if mixing == "paper" else (d,)
+        shapes["mix.weight"] = (1,) if mixing == "paper" else (d,)
     for tap in ("embedding_tap", "taps.0", "taps.1"):
         shapes[f"{tap}.center"] = (d,)
         if downsample == "linear":
@@ -352,7 +352,7 @@ def expected_shapes(family: str, downsample: str, norm: bool, mixing: str) -> di
             shapes |= normed(f"{tap}.norm", bias=not llama or mixing == "reference")
     for j in range(2):
         if mixing != "additive":
-            shapes |= {f"gates.{j}.weight": () if mixing == "paper" else (w,)}
+            shapes |= {f"gates.{j}.weight": (1,) if mixing == "paper" else (w,)}
         shapes |= normed(f"blocks.{j}.attention_norm") | normed(f"blocks.{j}.mlp_norm")
         shapes |= linear(f"blocks.{j}.attention.qkv_proj", 3 * w, w, not llama)
         shapes |= linear(f"blocks.{j}.attention.o_proj", w, w, not llama)
@@ -377,7 +377,7 @@ def test_tensors(family: str, downsample: str, mixing: str, norm: bool) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_initial_values(family: str, mixing: str) -> None:
     tensors = side_tensors(family, adapt(build_base(family), mixing=mixing))
-    starts = {"paper": torch.zeros(()), "reference": torch.full((16,), 0.5)}
+    starts = {"paper": torch.zeros(1), "reference": torch.full((16,), 0.5)}
     for j in range(3):
         assert torch.equal(tensors.get(f"gates.{j}.weight", torch.empty(0)), starts.get(mixing, torch.empty(0)))
     if mixing == "additive":
@@ -386,7 +386,7 @@ def test_initial_values(family: str, mixing: str) -> None:
         assert not tensors["mix.up_proj.bias"].any()
     else:
         assert tensors["mix.up_proj.weight"].any()
-        assert torch.equal(tensors["mix.weight"], torch.ones(()) if mixing == "paper" else torch.ones(64))
+        assert torch.equal(tensors["mix.weight"], torch.ones(1) if mixing == "paper" else torch.ones(64))
     for name, tensor in tensors.items():
         if name.endswith("norm.weight"):
             assert torch.equal(tensor, torch.ones_like(tensor))

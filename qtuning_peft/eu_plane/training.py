@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ..head import causal_model
 from ..loss import IGNORE_INDEX
+from ..sharding import is_sharded
 from ..side_tuning.follow import BaseStates, follower_of, record_states
 from ..states import reuse_of
 from .batching import PLANE, by_sample, run, scores_of_hidden_states
@@ -161,6 +162,11 @@ class EUPruningCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Wrap the collator of the training data."""
+        if is_sharded(kwargs["model"]):
+            raise ValueError(
+                "The model is sharded (FSDP, ZeRO-3), and batches are scored outside of the trainer's pass; prune the "
+                "data before training, or train with DDP."
+            )
         loader = self._let_go(kwargs)
         if loader.num_workers:
             cause = "batches are scored with the model, which lives in this process"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..sharding import agreed
 from ..side_tuning.follow import BaseStates, Follower
 from .prefix import is_prefix
 
@@ -40,7 +41,9 @@ class HiddenStateCache:
         # The same tokens behind the prompt prefix are not the same row.
         behind = b"+" if is_prefix(inputs) else b""
         keys = [behind + row[:own].tobytes() for row, own in zip(tokens, lengths, strict=True)]
-        if self._like is not None and all(key in self._rows for key in keys):
+        known = self._like is not None and all(key in self._rows for key in keys)
+        if agreed(known, follower.decoder, input_ids):
+            assert self._like is not None
             return self._padded(self._like, [self._rows[key] for key in keys], input_ids)
         states = BaseStates(self.layers, input_ids)
         with torch.no_grad():

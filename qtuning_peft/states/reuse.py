@@ -3,7 +3,7 @@
 In this order: states recorded for this very batch, the prompt prefix, the hidden-state cache, and else a plain pass;
 `may_serve` says whether a pass may be served at all. The base never changes (QST, ACL 2024, section 3), and a
 position-wise side network reads nothing but the base's states at its position: so what is reused gives the same loss
-and gradient, up to rounding.
+and gradient, up to rounding. Where the base's parameters are sharded, all processes reuse, or none (see `sharding`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..reading import first_column
+from ..sharding import agreed
 from ..side_tuning.follow import BaseStates, Follower, follower_of
 from .memory import HiddenStateCache
 from .prefix import CACHE_NAMES, PromptPrefix
@@ -50,14 +51,21 @@ class Reuse:
         """What the decoder returns."""
         inputs = {"input_ids": args[0], **kwargs} if len(args) == 1 else kwargs
         if len(args) <= 1 and may_serve(follower, inputs, by_row=False):
-            states = self._recorded_for(inputs)
-            if states is not None:
+            # What is asked next must not depend on this process's batch alone.
+            like = next((value for value in inputs.values() if isinstance(value, Tensor)), torch.empty(0))
+            decoder, states = follower.decoder, self._recorded_for(inputs)
+            if agreed(states is not None, decoder, like):
+                assert states is not None
                 return states.replay(follower.host.make_listener())
-            if (self.prefix or self.cache) and may_serve(follower, inputs, by_row=True):
-                if self.prefix is None or not self.prefix.begins(inputs, first_column()):
+            by_row = bool(self.prefix or self.cache) and may_serve(follower, inputs, by_row=True)
+            if agreed(by_row, decoder, like):
+                prefix = self.prefix
+                begins = prefix is not None and prefix.begins(inputs, first_column())
+                if not agreed(begins, decoder, like):
                     return self._cached(follower, inputs)
-                rest, hidden_states = self.prefix.left_out(follower, inputs)
-                return self.prefix.put_back(hidden_states, self._cached(follower, rest))
+                assert prefix is not None
+                rest, hidden_states = prefix.left_out(follower, inputs)
+                return prefix.put_back(hidden_states, self._cached(follower, rest))
         return follower.run(follower.host.make_listener(), *args, **kwargs)
 
     def _recorded_for(self, inputs: Mapping[str, Any]) -> BaseStates | None:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
+from ...sharding import shape_of
 from ..network import BaseShape
 
 ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -94,7 +95,7 @@ def _block_lists(module: nn.Module) -> list[nn.ModuleList]:
 
 
 def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(shape_of(parameter).numel() for parameter in module.parameters())
 
 
 def _final_norm_name(decoder: nn.Module, hidden_size: int) -> str | None:
@@ -102,7 +103,7 @@ def _final_norm_name(decoder: nn.Module, hidden_size: int) -> str | None:
     names = []
     for name, child in decoder.named_children():
         norm = child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
-        as_wide = all(parameter.shape == (hidden_size,) for parameter in norm.parameters())
+        as_wide = all(shape_of(parameter) == (hidden_size,) for parameter in norm.parameters())
         if "norm" in type(norm).__name__.lower() and as_wide and "embed" not in name:
             names.append(name)
     return names[-1] if names else None

@@ -36,7 +36,7 @@ class Sum(nn.Module):
 
 
 class SigmoidGate(nn.Module):
-    """Input gate: a blend with learned weights, which `start`, () or (d/r,), are before the sigmoid."""
+    """Input gate: a blend with learned weights, which `start`, (1,) or (d/r,), are before the sigmoid."""
 
     def __init__(self, start: Tensor) -> None:
         super().__init__()
@@ -106,12 +106,12 @@ class Paper(Mixing):
 
     def __init__(self, width: int, shape: BaseShape) -> None:
         super().__init__(width, shape)
-        self.weight = nn.Parameter(torch.ones((), dtype=torch.float32))
+        self.weight = nn.Parameter(torch.ones(1, dtype=torch.float32))
 
     @staticmethod
     def input_gate(width: int) -> nn.Module:
         """One half of each at the start."""
-        return SigmoidGate(torch.zeros((), dtype=torch.float32))
+        return SigmoidGate(torch.zeros(1, dtype=torch.float32))
 
     def forward(self, base: Tensor, side: Tensor) -> Tensor:
         """H = a f + (1 - a) up(g)."""

@@ -99,7 +99,9 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         if not decoder.training:
             return
         side_parameters = {id(parameter) for parameter in self.qst_side_network.parameters()}
-        stray = [name for name, p in decoder.named_parameters() if p.requires_grad and id(p) not in side_parameters]
+        # FSDP's views of a unit that holds side parameters too require a gradient, and are no leaves.
+        own_gradient = ((name, p) for name, p in decoder.named_parameters() if p.requires_grad and p.is_leaf)
+        stray = [name for name, p in own_gradient if id(p) not in side_parameters]
         if stray and torch.is_grad_enabled():
             raise ValueError(
                 f"{len(stray)} parameters of the base, {stray[0]} first, are set to require a gradient, and none "
