@@ -74,8 +74,8 @@ class EUPruningBlock(_PrunerOptions):
 
     mode: Literal["static", "dynamic"] = Field(
         default="static", description="static: the whole data set is scored once, before training, and pruned by "
-        "thresholds for all of it. dynamic: every mini-batch is scored and pruned under the model as it is then, as "
-        "published.",
+        "thresholds for all of it. dynamic: every mini-batch is scored and pruned, under the model as it is then, as "
+        "published; beside a side network under the base, which does not change.",
     )  # fmt: skip
     scorer_model: str | None = Field(
         default=None, description="Model that scores, a folder or a name on the Hub; must share the base's tokenizer. "

@@ -1,4 +1,4 @@
-"""Pruning every mini-batch while training, under the model as it is then: the published form of Q-Tuning.
+"""Pruning every mini-batch while training, as Q-Tuning publishes it: under the model as it is then.
 
 `EUPruningCallback` goes to `Trainer` or TRL's `SFTTrainer`. It wraps the collator of the training data, and of that
 alone: each batch is scored, divided on its own Error-Uncertainty plane, and handed on with the kept samples, their
