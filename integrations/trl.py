@@ -90,6 +90,13 @@ class EUPruningSFTTrainer(SFTTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
+        known = {"input_ids", "messages", "prompt", getattr(args, "dataset_text_field", None) or "text"}
+        columns = list(getattr(dataset, "column_names", None) or known)
+        if formatting_func is None and known.isdisjoint(columns):
+            raise ValueError(
+                f"The data has the columns {', '.join(columns)}; TRL needs messages, prompt and completion, or text, "
+                "under another name with dataset_text_field."
+            )
         # Samples are pruned one by one, so packs are made afterwards.
         packing = packing and not (dataset_name == "train" and self._static)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
