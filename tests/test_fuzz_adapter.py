@@ -1,4 +1,4 @@
-"""Whatever an adapter's files hold, loading and showing it ends in an adapter or a sentence, soon and in little room."""
+"""Whatever an adapter's files hold, loading and showing it ends in an adapter or a sentence, soon, in little memory."""
 
 from __future__ import annotations
 

@@ -373,3 +373,12 @@ def test_another_model_can_score(
         base = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert kept[0] == kept[1] != kept[2]
     assert torch.is_grad_enabled()
+
+
+def test_data_without_a_column_that_trl_reads(base: PreTrainedModel, tokenizer: Any, tmp_path: Path) -> None:
+    data = Dataset.from_list([{"question": "a", "answer": "b"}] * 4)
+    with pytest.raises(ValueError, match=r"The data has the columns question, answer; TRL needs messages, .* or text"):
+        EUPruningSFTTrainer(
+            base, SFTConfig(**settings(tmp_path)), train_dataset=data, processing_class=tokenizer,
+            peft_config=SideTuningConfig(task_type="CAUSAL_LM"),
+        )  # fmt: skip
