@@ -104,7 +104,11 @@ class Follower:
             return self.run(self.current.recorder, *args, **kwargs)
         if self.intercept is not None:
             return self.intercept(self, *args, **kwargs)
-        return self.run(self.host.make_listener(), *args, **kwargs)
+        listener = self.host.make_listener()
+        if getattr(listener, "centers", None) is not None and torch.compiler.is_compiling():
+            # The hook on the gradient, by which the first training step measures, has no place in a graph.
+            return _run_uncompiled(self, listener, *args, **kwargs)
+        return self.run(listener, *args, **kwargs)
 
     def run(self, listener: Listener | None, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder's own forward, without autograd; `listener` is notified.
@@ -195,6 +199,11 @@ class BlockHook:
         if changed is None:
             return None
         return (changed.detach(), *output[1:]) if isinstance(output, tuple) else changed.detach()
+
+
+@torch.compiler.disable
+def _run_uncompiled(follower: Follower, listener: Listener | None, *args: Any, **kwargs: Any) -> Any:
+    return follower.run(listener, *args, **kwargs)
 
 
 def follower_of(model: nn.Module) -> Follower | None:
