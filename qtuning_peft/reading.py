@@ -14,28 +14,36 @@ from torch import Tensor
 IGNORE_INDEX = -100
 
 
-class _Declared(threading.local):
+class _Declared:
     def __init__(self) -> None:
         # Counted when asked for, as that waits for the device.
         self.column: Callable[[], int] | None = None
 
 
-_declared = _Declared()
+class _Threads(threading.local):
+    # Never written to: a compiled frame forgets what it has written to a `threading.local` where its graph breaks.
+    def __init__(self) -> None:
+        self.declared = _Declared()
+
+
+_threads = _Threads()
 
 
 @contextmanager
 def reading_from(column: Callable[[], int]) -> Iterator[None]:
     """Declare that in forward passes of this context and thread no hidden state before `column()` - 1 is read."""
-    before, _declared.column = _declared.column, column
+    declared = _threads.declared
+    before, declared.column = declared.column, column
     try:
         yield
     finally:
-        _declared.column = before
+        declared.column = before
 
 
 def first_column() -> int | None:
     """The column that `reading_from` declared; `None` if nothing is known."""
-    return None if _declared.column is None else _declared.column()
+    column = _threads.declared.column
+    return None if column is None else column()
 
 
 def unsupervised_columns(labels: Any) -> int:

@@ -71,6 +71,30 @@ def test_the_first_training_step_measures_the_centers() -> None:
     assert all(center.any() for center in centers)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_base_whose_graph_breaks(training: bool) -> None:
+    """Frames that go on behind a break find the pass that they are in."""
+    model = side_tuned()
+    mlp = model.get_base_model().model.layers[1].mlp
+    forward = mlp.forward
+
+    def broken(hidden_states: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return forward(hidden_states)
+
+    mlp.forward = broken
+    compiled, ids = torch.compile(model, backend="aot_eager"), token_ids()
+    for _ in range(2):
+        model.train(training)
+        with torch.set_grad_enabled(training):
+            found, expected = (each(input_ids=ids, labels=ids).loss for each in (compiled, model))
+        torch.testing.assert_close(found, expected)
+        assert found.requires_grad == training
+        if training:
+            weights = [*side_parameters(model).values()]
+            torch.testing.assert_close(torch.autograd.grad(found, weights), torch.autograd.grad(expected, weights))
+
+
 @pytest.mark.slow
 def test_inductor_computes_the_same() -> None:
     model = side_tuned().train()

@@ -62,8 +62,8 @@ class Host(Protocol):
         """Called before every pass."""
 
 
-class Current(threading.local):
-    """The pass that the calling thread is in; servers run several on one model."""
+class Current:
+    """The pass that a thread is in."""
 
     def __init__(self) -> None:
         self.listener: Listener | None = None
@@ -72,9 +72,19 @@ class Current(threading.local):
         # Instead of the host's listener.
         self.recorder: Listener | None = None
 
-    def __reduce__(self) -> "tuple[type[Current], tuple[()]]":
+
+class Threads(threading.local):
+    """Of the calling thread; servers run several on one model.
+
+    It is never written to: a compiled frame forgets what it has written to a `threading.local` where its graph breaks.
+    """
+
+    def __init__(self) -> None:
+        self.current = Current()
+
+    def __reduce__(self) -> "tuple[type[Threads], tuple[()]]":
         # A copied or pickled model is in no pass.
-        return Current, ()
+        return Threads, ()
 
 
 class Follower:
@@ -86,7 +96,7 @@ class Follower:
 
     def __init__(self, host: Host, decoder: nn.Module, blocks: nn.ModuleList) -> None:
         self.host, self.decoder = host, decoder
-        self.current = Current()
+        self.threads = Threads()
         self.intercept: Callable[..., Any] | None = None
         # Others replace `forward` too: accelerate's hooks, for one.
         self.replaced: Callable[..., Any] | None = vars(decoder).get("forward")
@@ -97,6 +107,11 @@ class Follower:
         ]
         for index, block in enumerate(blocks):
             self.handles.append(block.register_forward_hook(BlockHook(self, index), with_kwargs=True))
+
+    @property
+    def current(self) -> Current:
+        """The calling thread's pass."""
+        return self.threads.current
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder as its own `forward` would, followed."""
@@ -201,9 +216,7 @@ class BlockHook:
         return (changed.detach(), *output[1:]) if isinstance(output, tuple) else changed.detach()
 
 
-@torch.compiler.disable
-def _run_uncompiled(follower: Follower, listener: Listener | None, *args: Any, **kwargs: Any) -> Any:
-    return follower.run(listener, *args, **kwargs)
+_run_uncompiled: Callable[..., Any] = torch.compiler.disable(Follower.run)
 
 
 def follower_of(model: nn.Module) -> Follower | None:
