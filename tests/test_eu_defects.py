@@ -83,7 +83,7 @@ def test_a_buffer_counts(tmp_path: Path) -> None:
 # -- parts -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("copies", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("copies", [int(os.environ.get("FUZZ_CASES", "100"))])
 def test_no_damaged_part_is_believed(copies: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = Dataset.from_dict({"input_ids": [[5, 6, 7, 8], [9, 10, 11]]})
     model = tiny()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import struct
 import tempfile
@@ -22,7 +23,8 @@ from qtuning_peft import SideTuningConfig
 from qtuning_peft.cli.data import USER_ERRORS
 from qtuning_peft.hub.sharing import describe
 
-CASES = pytest.mark.parametrize("cases", [100, pytest.param(5000, marks=pytest.mark.slow)])
+# FUZZ_CASES=5000 for a long look.
+CASES = pytest.mark.parametrize("cases", [int(os.environ.get("FUZZ_CASES", "100"))])
 FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 SECONDS, KIBIBYTES = 5, 500 * 2**10
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import tempfile
 import time
 import warnings
@@ -34,7 +35,8 @@ MODEL, TOKENIZER = tiny(), word_tokenizer()
 SCORED = scored_data(6).to_list()
 COLUMNS = [*SCORED[0], "attention_mask", "position_ids", "seq_lengths", "quadrant", "token_el2n"]
 TEXT = ["messages", "conversations", "prompt", "completion", "instruction", "output", "text", "tools"]
-CASES = pytest.mark.parametrize("cases", [100, pytest.param(5000, marks=pytest.mark.slow)])
+# FUZZ_CASES=5000 for a long look.
+CASES = pytest.mark.parametrize("cases", [int(os.environ.get("FUZZ_CASES", "100"))])
 
 numbers = st.one_of(st.integers(), st.integers(-3, 120), st.floats())
 leaves = st.one_of(st.none(), st.booleans(), numbers, st.text(max_size=8))
