@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers import TrainerCallback
 
 from qtuning_peft.hub.metadata import TrainingMetadata, is_hub_name, machine, peak_memory
+from qtuning_peft.reading import IGNORE_INDEX
 from qtuning_peft.side_tuning import SideTuningConfig
 
 from .blocks import EUPruningBlock, QSTTrainingBlock
@@ -120,7 +121,7 @@ def count(dataset: Any) -> tuple[int | None, int | None]:
         return None, None
     rows = sum(map(len, dataset["seq_lengths"])) if "seq_lengths" in dataset.column_names else len(dataset)
     labels = (pc.list_flatten(batch["labels"]) for batch in dataset.with_format("arrow").iter(1000))
-    return rows, sum(pc.sum(pc.not_equal(part, -100)).as_py() or 0 for part in labels)
+    return rows, sum(pc.sum(pc.not_equal(part, IGNORE_INDEX)).as_py() or 0 for part in labels)
 
 
 def is_side_tuned(model: Any) -> bool:

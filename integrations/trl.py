@@ -90,13 +90,8 @@ class EUPruningSFTTrainer(SFTTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
-        known = {
-            "input_ids",
-            "messages",
-            "conversations",
-            "prompt",
-            getattr(args, "dataset_text_field", None) or "text",
-        }
+        text = getattr(args, "dataset_text_field", None) or "text"
+        known = {"input_ids", "messages", "conversations", "prompt", text}
         columns = list(getattr(dataset, "column_names", None) or known)
         if formatting_func is None and known.isdisjoint(columns):
             raise ValueError(

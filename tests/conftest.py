@@ -136,3 +136,12 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from examples.json_extraction.smollm2 import prepare_checkpoint
 
     return prepare_checkpoint(tmp_path_factory.mktemp("smollm2") / "base")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Folder of a tiny model and its tokenizer."""
+    folder = tmp_path / "model"
+    tiny().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder

@@ -36,14 +36,6 @@ def rows(count: int = 50, seed: int = 0) -> list[dict[str, str]]:
     ]
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    tiny().save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def counting(model: torch.nn.Module) -> list[int]:
     calls: list[int] = []
     model.get_decoder().register_forward_hook(lambda *_: calls.append(1))

@@ -26,14 +26,6 @@ from qtuning_peft.eu_plane.files import read_data, write_data
 PLAIN: dict[str, Any] = {"chat_template": False, "progress": False}
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    tiny().save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
-
-
 # -- the fingerprint ---------------------------------------------------------------------------------------------------
 
 

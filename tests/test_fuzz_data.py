@@ -113,6 +113,16 @@ def fuzz(cases: int, inputs: st.SearchStrategy[Any], test: Callable[[Any, Path],
     case()
 
 
+def fuzz_file(cases: int, contents: st.SearchStrategy[bytes], name: str) -> None:
+    """Of a file called `name`, whatever it holds."""
+
+    def test(content: bytes, folder: Path) -> None:
+        (folder / name).write_bytes(content)
+        each_ends_well(folder / name)
+
+    fuzz(cases, contents, test)
+
+
 def lines(rows: Any) -> bytes:
     return "\n".join(map(json.dumps, rows)).encode()
 
@@ -127,11 +137,7 @@ def test_json_lines(cases: int, kind: str) -> None:
         "spoilt": spoilt_rows().map(lines),
     }
 
-    def test(content: bytes, folder: Path) -> None:
-        (folder / "rows.jsonl").write_bytes(content)
-        each_ends_well(folder / "rows.jsonl")
-
-    fuzz(cases, inputs[kind], test)
+    fuzz_file(cases, inputs[kind], "rows.jsonl")
 
 
 def parquet(rows: list[dict[str, Any]]) -> bytes:
@@ -159,11 +165,7 @@ def test_parquet(cases: int, kind: str) -> None:
         "spoilt": parquet_files(spoilt_rows()),
     }
 
-    def test(content: bytes, folder: Path) -> None:
-        (folder / "rows.parquet").write_bytes(content)
-        each_ends_well(folder / "rows.parquet")
-
-    fuzz(cases, inputs[kind], test)
+    fuzz_file(cases, inputs[kind], "rows.parquet")
 
 
 @pytest.fixture(scope="module")

@@ -170,9 +170,9 @@ class AttentionPass:
         """Make room in the key-value cache among the first block's arguments."""
         cache = cache_in(arguments)
         if cache is not None:
-            models = attach_side_layers(cache, self.num_base_layers, self.layers, self.adapter, self.kinds)
-            self.first_side_layer = len(cache.layers) - len(self.layers)
-            _require_same_length(models[0], cache.layers[self.first_side_layer])
+            first = attach_side_layers(cache, self.num_base_layers, self.layers, self.adapter, self.kinds)
+            _require_same_length(_model(cache, self.layers[0], first, self.kinds), cache.layers[first])
+            self.first_side_layer = first
 
     def inputs(self, step: int, block: nn.Module | None, arguments: dict[str, Any], device: Any) -> AttentionInputs:
         """Inputs of side block `step` from the `arguments` of the base's `block` beside it, on `device`."""
@@ -220,8 +220,8 @@ def _sliding_window(block: nn.Module) -> int | None:
 
 def attach_side_layers(
     cache: Cache, num_base_layers: int, layers: Sequence[int], adapter: str, kinds: Sequence[str] | None = None
-) -> list[Any]:
-    """Give `cache`, which the base is about to fill, a layer for every side block; returns those they are modelled on.
+) -> int:
+    """Give `cache`, which the base is about to fill, a layer for every side block; returns the first one's index.
 
     Raises:
         ValueError: when the cache holds tokens that this adapter's side network has not seen.
@@ -244,15 +244,15 @@ def attach_side_layers(
             f"past_key_values was filled by adapter {getattr(cache, _ADAPTER)}, and {adapter} is active; fill it with "
             "the same adapter, or start anew."
         )
-    return [_model(cache, index, first, kinds) for index in layers]
+    return first
 
 
 def _model(cache: Cache, index: int, first: int, kinds: Sequence[str] | None) -> Any:
     """The cache layer of base block `index`, or, where it shares keys and values, of the last of its kind."""
     return next(
-        layer
-        for before, layer in reversed([*enumerate(cache.layers[: min(index + 1, first)])])
-        if hasattr(layer, "get_seq_length") and (not kinds or kinds[before] == kinds[index])
+        cache.layers[before]
+        for before in range(min(index, first - 1), -1, -1)
+        if hasattr(cache.layers[before], "get_seq_length") and (not kinds or kinds[before] == kinds[index])
     )
 
 
