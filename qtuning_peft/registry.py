@@ -68,9 +68,9 @@ def help_of(field: Field[Any]) -> str:
     return f"{text} {choices.describe()}." if isinstance(choices, Registry) else text
 
 
-def option(default: Any, help: str, choices: Any = None) -> Any:
-    """A dataclass field with its help, for `help_of`."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(default: Any, help: str, choices: Registry[Any] | None = None, least: int | None = None) -> Any:
+    """A dataclass field with its help, and what it may be: one of `choices`, or an integer of at least `least`."""
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
 
 
 def load_extensions() -> None:

@@ -9,11 +9,11 @@ r the reduction factor and f_i, g_i the i-th block of the base and of the side n
 The defaults depart from the paper where that learned more in the same time (docs/quality.md).
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from reprlib import repr as short
 from typing import Any
 
-from ...registry import Registry
+from ...registry import Registry, option
 from .downsample import DOWNSAMPLERS
 from .mixing import MIXINGS
 from .shape import BaseShape
@@ -29,11 +29,6 @@ for _name in ("float32", "bfloat16", "float16"):
 LARGEST_SIZE = 2**20
 
 
-def setting(default: Any, help: str, choices: Registry[Any] | None = None, least: int | None = None) -> Any:
-    """A dataclass field with its help, and what it may be: one of `choices`, or an integer of at least `least`."""
-    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
-
-
 @dataclass
 class NetworkSettings:
     """Settings of a side network.
@@ -42,37 +37,37 @@ class NetworkSettings:
         ValueError: when a value is out of its range or contradicts another, naming the field.
     """
 
-    reduction_factor: int = setting(
+    reduction_factor: int = option(
         4, "The side network is hidden_size / reduction_factor wide. A divisor, not a rank: smaller learns more and "
         "costs more. It must divide the hidden size.", least=2,
     )  # fmt: skip
-    downsample: str = setting("linear", "How a hidden state of the base enters the side network.", DOWNSAMPLERS)
-    downsample_rank: int = setting(16, "Inner width of the adapter, lora and projection down-samplers.", least=1)
-    downsample_norm: bool = setting(True, "Normalize every down-sampled hidden state, as the authors' code does.")
-    center_taps: bool = setting(
+    downsample: str = option("linear", "How a hidden state of the base enters the side network.", DOWNSAMPLERS)
+    downsample_rank: int = option(16, "Inner width of the adapter, lora and projection down-samplers.", least=1)
+    downsample_norm: bool = option(True, "Normalize every down-sampled hidden state, as the authors' code does.")
+    center_taps: bool = option(
         True, "Subtract from every tapped hidden state the mean of the positions that the loss reads, measured in the "
         "first training step and saved with the adapter. Little for language modelling, much for classifiers.",
     )  # fmt: skip
-    tap_every: int = setting(
+    tap_every: int = option(
         3, "Tap every n-th block, counted from the last one, by a side block of its own. The paper taps all, with 1.",
         least=1,
     )  # fmt: skip
-    layers_to_transform: list[int] | int | None = setting(  # noqa: RUF009 (makes a field)
+    layers_to_transform: list[int] | int | None = option(
         None, "Indices of the base blocks that are tapped, instead of tap_every."
     )
-    side_attention: bool = setting(
+    side_attention: bool = option(
         False, "Whether side blocks attend. Without, they read at each position what the base has gathered there, and "
         "need no mask and no keys and values in generation.",
     )  # fmt: skip
-    num_side_heads: int | None = setting(
+    num_side_heads: int | None = option(
         None, "Attention heads of a side block. Default: heads of size 64 where the width allows it.", least=1
     )
-    side_dropout: float = setting(0.0, "Dropout on the output of the side blocks' attention and MLP.")
-    mixing: str = setting("additive", "Parametrisation of the gates.", MIXINGS)
-    compute_dtype: str = setting(
+    side_dropout: float = option(0.0, "Dropout on the output of the side blocks' attention and MLP.")
+    mixing: str = option("additive", "Parametrisation of the gates.", MIXINGS)
+    compute_dtype: str = option(
         "auto", "Autocast dtype of the side network; its weights are always float32.", COMPUTE_DTYPES
     )
-    tap_storage: str = setting(
+    tap_storage: str = option(
         "full", "How training saves the hidden states that a learned down-sampler needs for backward. With int8 and "
         "int4 the down-samplers' gradients become inexact, nothing else.", TAP_STORAGES,
     )  # fmt: skip

@@ -7,8 +7,8 @@ from typing import Any
 
 from peft import PeftConfig
 
+from ...registry import option
 from ..network import NetworkSettings
-from ..network.settings import setting
 from .peft_type import QST
 from .untrusted import Origin, check_names, check_text
 
@@ -24,18 +24,18 @@ class SideTuningConfig(NetworkSettings, PeftConfig):
         ValueError: when a value is out of its range or contradicts another, naming the field.
     """
 
-    target_modules: list[str] | str | None = setting(  # noqa: RUF009 (makes a field)
+    target_modules: list[str] | str | None = option(
         None, "Filled in with the path of the base's final norm. Leave it unset."
     )
-    modules_to_save: list[str] | None = setting(  # noqa: RUF009
+    modules_to_save: list[str] | None = option(
         None, "Further modules to train and save, such as a classification head behind the final norm."
     )
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = setting(  # noqa: RUF009
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = option(
         None, "Must stay unset: the embeddings are part of the frozen base."
     )
-    base_hidden_size: int | None = setting(None, "Filled in: the base's hidden size; refused beside another.", least=1)
-    base_num_layers: int | None = setting(None, "Filled in: its number of blocks; refused beside another.", least=1)
-    tokenizer_fingerprint: str | None = setting(
+    base_hidden_size: int | None = option(None, "Filled in: the base's hidden size; refused beside another.", least=1)
+    base_num_layers: int | None = option(None, "Filled in: its number of blocks; refused beside another.", least=1)
+    tokenizer_fingerprint: str | None = option(
         None, "Filled in: which vocabulary the adapter was trained with, where known; it warns beside another."
     )
 
