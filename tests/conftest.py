@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -120,6 +120,14 @@ def token_ids(batch: int = 2, length: int = 12, seed: int = 2) -> torch.Tensor:
 def side_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The side network's parameters by name."""
     return {name: p for name, p in model.named_parameters() if "qst_side_network" in name}
+
+
+@pytest.fixture(autouse=True)
+def _one_environment() -> Iterator[None]:
+    """datasets leaves a copy in the place of `os.environ` after a map with processes; other libraries keep the first."""
+    environ = os.environ
+    yield
+    os.environ = environ
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,7 @@ def registries() -> Iterator[None]:
 
 
 def shown(*command: str) -> str:
-    result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "300", "LINES": "99", "TERM": "dumb"})
+    result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "300", "TERM": "dumb"})
     assert result.exit_code == 0, result.output
     return " ".join(result.output.replace("│", " ").split())
 

@@ -51,7 +51,7 @@ def _added() -> Any:
 
 
 def shown(*words: str) -> str:
-    result = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "200", "LINES": "99", "TERM": "dumb"})
+    result = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
     assert result.exit_code == 0, result.output
     return re.sub(r"[\s│]+", " ", result.output)
 
