@@ -21,7 +21,7 @@ class PrefixCachingCallback(TrainerCallback):
 
     The prefix is found in the first 256 rows; a batch that begins otherwise, is packed, or padded at the left is
     computed whole. Results are the same up to rounding. It has no effect where side blocks attend (`side_attention`),
-    or where there is no side network.
+    where blocks of the base do not (hybrid and state-space models), or where there is no side network.
     """
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:

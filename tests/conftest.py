@@ -124,10 +124,10 @@ def side_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 @pytest.fixture(autouse=True)
 def _one_environment() -> Iterator[None]:
-    """datasets leaves a copy in the place of `os.environ` after a map with processes; other libraries keep the first."""
+    """datasets leaves a copy in its place after a map with processes, while other libraries keep the first."""
     environ = os.environ
     yield
-    os.environ = environ
+    os.environ = environ  # noqa: B003 (the first one is put back, not filled anew)
 
 
 @pytest.fixture(autouse=True)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from conftest import randomize_side_network, tiny, token_ids
+from conftest import tiny, token_ids
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForMaskedLM,
     BertConfig,
     FalconConfig,
     FalconForCausalLM,
-    Gemma3nForCausalLM,
-    Gemma3nTextConfig,
     MambaConfig,
     MambaForCausalLM,
     MptConfig,
@@ -25,7 +26,10 @@ from transformers import (
     TrOCRForCausalLM,
 )
 
+from benchmarks.families import check
+from benchmarks.small_bases import families, small_base
 from qtuning_peft import SideTuningConfig
+from qtuning_peft.side_tuning.peft.dry_run import dry_run
 
 
 @pytest.mark.parametrize(
@@ -92,7 +96,7 @@ def test_configurations_that_do_not_fit_the_base(options: dict[str, object], mes
     assert torch.equal(base(input_ids=token_ids()).logits, expected)
 
 
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 50}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 100}
 
 
 @pytest.mark.parametrize(
@@ -100,7 +104,6 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 50}
     [
         (lambda: T5ForConditionalGeneration(T5Config(d_model=32, num_layers=2, num_heads=2, d_ff=64, vocab_size=50)),
          "T5ForConditionalGeneration is an encoder-decoder"),
-        (lambda: MambaForCausalLM(MambaConfig(**SMALL)), "MambaForCausalLM has blocks without attention"),
         (lambda: AutoModelForMaskedLM.from_config(BertConfig(**SMALL, num_attention_heads=2, intermediate_size=64)),
          "BertForMaskedLM has no norm behind its 2 blocks"),
         (lambda: OPTForCausalLM(OPTConfig(**SMALL, num_attention_heads=2, ffn_dim=64, do_layer_norm_before=False,
@@ -109,7 +112,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 50}
                                               decoder_ffn_dim=64)), "TrOCRForCausalLM has no norm behind its 2 blocks"),
         (lambda: torch.nn.Sequential(torch.nn.Linear(4, 4)), "Sequential has no transformers config"),
     ],
-    ids=["encoder-decoder", "no attention", "encoder", "no norm", "norm of embeddings only", "not a transformer"],
+    ids=["encoder-decoder", "encoder", "no norm", "norm of embeddings only", "not a transformer"],
 )  # fmt: skip
 def test_models_without_a_place_for_a_side_network(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -119,32 +122,44 @@ def test_models_without_a_place_for_a_side_network(make: object, message: str) -
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MptForCausalLM(MptConfig(d_model=32, n_heads=2, n_layers=2, vocab_size=50)), "boolean mask"),
+        (lambda: MptForCausalLM(MptConfig(d_model=32, n_heads=2, n_layers=2, vocab_size=100)), "a mask of torch.bool"),
         (lambda: FalconForCausalLM(FalconConfig(**SMALL, num_attention_heads=4, alibi=True)), "each of its 4 heads"),
+        (lambda: MambaForCausalLM(MambaConfig(**SMALL)), r"blocks without attention \(linear_attention\)"),
+        (lambda: small_base(*families()["deepseek_v2"]), "rotary positions in a form other"),
+        (lambda: small_base(*families()["llama4_text"]), "rotary positions in a form other"),
     ],
-    ids=["MPT", "ALiBi in the mask"],
-)
-def test_masks_that_mean_something_else_to_a_side_network(make: object, message: str) -> None:
-    model = get_peft_model(make(), SideTuningConfig(reduction_factor=4, side_attention=True))
-    ids = token_ids() % 50
-    with pytest.raises(NotImplementedError, match=message):
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    without = get_peft_model(make().eval(), SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"))
-    randomize_side_network(without, scale=0.3)
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    found = [without.generate(input_ids=ids, **options, use_cache=cached) for cached in (True, False)]
-    assert torch.equal(*found)
+    ids=["MPT", "ALiBi in the mask", "no attention", "complex rotary positions", "Llama 4"],
+)  # fmt: skip
+def test_what_attention_in_side_blocks_cannot_take_over(make: Callable[[], Any], message: str) -> None:
+    """It is refused when the side network is attached, which leaves the base as it was, and works without."""
+    base = make().eval()
+    expected = base(token_ids()).logits
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(base, SideTuningConfig(reduction_factor=4, side_attention=True))
+    assert torch.equal(base(token_ids()).logits, expected)
+    assert check(base) == "works"
 
 
-def test_hidden_states_of_another_form() -> None:
-    config = Gemma3nTextConfig(
-        **SMALL, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=[64, 64], laurel_rank=4,
-        vocab_size_per_layer_input=50, hidden_size_per_layer_input=8, num_kv_shared_layers=0,
-        layer_types=["full_attention"] * 2, activation_sparsity_pattern=[0.0, 0.0],
-    )  # fmt: skip
-    model = get_peft_model(Gemma3nForCausalLM(config), SideTuningConfig(reduction_factor=4))
-    with pytest.raises(NotImplementedError, match="4-dimensional states"):
-        model(input_ids=token_ids() % 50)
+def test_blocks_that_run_several_times() -> None:
+    with pytest.raises(ValueError, match="HrmTextForCausalLM runs its blocks several times"):
+        get_peft_model(small_base(*families()["hrm_text"]), SideTuningConfig(reduction_factor=4))
+
+
+def test_the_dry_run_touches_nothing() -> None:
+    """Not the base, nor the random state; and what it cannot decide is left to the first pass."""
+    base = tiny()
+    before = {name: (tensor, tensor._version) for name, tensor in base.state_dict(keep_vars=True).items()}
+    state = torch.get_rng_state()
+    dry_run(base, SideTuningConfig(reduction_factor=4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(tensor is before[name][0] for name, tensor in base.state_dict(keep_vars=True).items())
+    assert all(tensor._version == version for tensor, version in before.values())
+
+    class MadeOtherwise(type(base)):  # type: ignore[misc]
+        def __init__(self, config: Any, path: str) -> None:
+            super().__init__(config)
+
+    dry_run(MadeOtherwise(base.config, "somewhere"), SideTuningConfig(reduction_factor=4))
 
 
 def test_another_method_on_the_same_base() -> None:
@@ -191,7 +206,7 @@ def test_two_active_adapters() -> None:
 def test_skipped_blocks() -> None:
     model = get_peft_model(tiny(), SideTuningConfig(task_type="CAUSAL_LM"))
     model.get_base_model().config.num_hidden_layers = 2
-    with pytest.raises(RuntimeError, match="0 of 1 tapped blocks ran"):
+    with pytest.raises(ValueError, match="0 of 1 tapped blocks ran"):
         model(input_ids=token_ids())
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..reading import IGNORE_INDEX
 from ..side_tuning.follow import Follower
@@ -55,11 +55,13 @@ class PromptPrefix:
         # For every precision that passes are made in: the cache, and the last hidden state (1, P, d).
         self._computed: dict[Any, tuple[Cache, Tensor]] = {}
 
-    def begins(self, inputs: Mapping[str, Any], first_read: int | None) -> bool:
+    def begins(self, follower: Follower, inputs: Mapping[str, Any], first_read: int | None) -> bool:
         """Whether all rows of a pass that may be served begin with the prefix, and nobody reads its positions.
 
         No hidden state before column `first_read` - 1 is read; `None` if that is not known.
         """
+        if not _caches_keys_alone(follower):
+            return False
         length, input_ids, mask = len(self.input_ids), inputs["input_ids"], inputs.get("attention_mask")
         # The last of the prefix must not be what predicts a supervised token.
         if first_read is None or first_read <= length or input_ids.shape[1] <= length:
@@ -74,7 +76,8 @@ class PromptPrefix:
         cache, hidden_states = self._states(follower, input_ids.device)
         given = {name: inputs.get(name) for name in ("input_ids", "position_ids")}
         rest = {name: value[:, len(self.input_ids) :] for name, value in given.items() if value is not None}
-        return {**inputs, **rest, cache_name(follower): cache}, hidden_states
+        # Some decoders read no cache where they are not to fill one.
+        return {**inputs, **rest, cache_name(follower): cache, "use_cache": True}, hidden_states
 
     @staticmethod
     def put_back(hidden_states: Tensor, output: Any) -> Any:
@@ -100,6 +103,13 @@ class PromptPrefix:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"input_ids": self.input_ids, "_computed": {}}
+
+
+def _caches_keys_alone(follower: Follower) -> bool:
+    """Whether the base hands nothing from token to token but keys and values: no recurrent state, no index."""
+    kinds = {type(layer) for layer in DynamicCache(config=getattr(follower.decoder, "config", None)).layers}
+    takes_a_cache = any(name in inspect.signature(follower).parameters for name in CACHE_NAMES)
+    return takes_a_cache and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 def _refuse_reading(gradient: Tensor, length: int) -> None:

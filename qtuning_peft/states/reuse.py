@@ -60,7 +60,7 @@ class Reuse:
             by_row = bool(self.prefix or self.cache) and may_serve(follower, inputs, by_row=True)
             if agreed(by_row, decoder, like):
                 prefix = self.prefix
-                begins = prefix is not None and prefix.begins(inputs, first_column())
+                begins = prefix is not None and prefix.begins(follower, inputs, first_column())
                 if not agreed(begins, decoder, like):
                     return self._cached(follower, inputs)
                 assert prefix is not None

@@ -16,25 +16,30 @@ from transformers.activations import ACT2FN
 from ...sharding import shape_of
 from ..network import BaseShape
 
-ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-
 
 @dataclass(frozen=True)
 class Decoder:
-    """The module that owns the block list, its blocks, the path of the final norm in the whole model, and the shape."""
+    """Where a side network attaches.
+
+    Attributes:
+        module: Owns the list of blocks.
+        norm_path: Path of the final norm in the whole model.
+        stream: Which one to follow, where blocks hand on several streams (Gemma 3n's AltUp).
+    """
 
     module: nn.Module
     blocks: nn.ModuleList
     norm_path: str
     shape: BaseShape
+    stream: int | None = None
 
 
 def find_decoder(model: nn.Module) -> Decoder:
     """Find the decoder of a transformers model, possibly with a side network already attached.
 
     Raises:
-        ValueError: when the model is an encoder-decoder, has no block list with a final norm, or is not made of causal
-            attention blocks.
+        ValueError: when the model is an encoder-decoder, has no block list with a final norm, or attends in both
+            directions.
     """
     name = type(model).__name__
     config = getattr(model, "config", None)
@@ -62,13 +67,13 @@ def find_decoder(model: nn.Module) -> Decoder:
     )
 
     hidden_size = int(text_config.hidden_size)
-    norm_name = _final_norm_name(decoder, hidden_size)
+    norm_name = _final_norm_name(decoder, blocks, hidden_size)
     if norm_name is None:
         raise ValueError(
             f"{name} has no norm behind its {len(blocks)} blocks, so there is no place to mix in the side network; "
             "use a model with a final norm."
         )
-    _require_causal_attention(name, text_config, blocks)
+    _require_causal_attention(name, blocks)
 
     norm = getattr(decoder, norm_name)
     norm = norm.get_base_layer() if isinstance(norm, BaseTunerLayer) else norm
@@ -83,7 +88,8 @@ def find_decoder(model: nn.Module) -> Decoder:
         rotary=any(path.endswith("inv_freq") for path, _ in decoder.named_buffers()),
         config=text_config,
     )
-    return Decoder(decoder, blocks, f"{path}.{norm_name}" if path else norm_name, shape)
+    norm_path = f"{path}.{norm_name}" if path else norm_name
+    return Decoder(decoder, blocks, norm_path, shape, stream=getattr(text_config, "altup_active_idx", None))
 
 
 def _block_lists(module: nn.Module) -> list[nn.ModuleList]:
@@ -98,15 +104,16 @@ def _size(module: nn.Module) -> int:
     return sum(shape_of(parameter).numel() for parameter in module.parameters())
 
 
-def _final_norm_name(decoder: nn.Module, hidden_size: int) -> str | None:
-    """The last registered child that is a norm of the hidden size, and not one of the embeddings."""
-    names = []
+def _final_norm_name(decoder: nn.Module, blocks: nn.ModuleList, hidden_size: int) -> str | None:
+    """The last registered child that is a norm of the hidden size; one named for embeddings only behind the blocks."""
+    found, behind = [], False
     for name, child in decoder.named_children():
+        behind = behind or child is blocks
         norm = child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
         as_wide = all(shape_of(parameter) == (hidden_size,) for parameter in norm.parameters())
-        if "norm" in type(norm).__name__.lower() and as_wide and "embed" not in name:
-            names.append(name)
-    return names[-1] if names else None
+        if "norm" in type(norm).__name__.lower() and as_wide and (behind or "embed" not in name):
+            found.append(name)
+    return max(found, key=lambda name: ("embed" not in name, found.index(name)), default=None)
 
 
 def _intermediate_size(config: PretrainedConfig) -> int | None:
@@ -114,12 +121,10 @@ def _intermediate_size(config: PretrainedConfig) -> int | None:
     return int(max(size) if isinstance(size, (list, tuple)) else size) if size else None
 
 
-def _require_causal_attention(name: str, config: PretrainedConfig, blocks: nn.ModuleList) -> None:
-    other = set(getattr(config, "layer_types", None) or ()) - ATTENTION_TYPES
-    if other or getattr(config, "num_attention_heads", None) is None:
-        kinds = ", ".join(sorted(other)) or "no attention heads"
-        raise ValueError(f"{name} has blocks without attention ({kinds}); side tuning needs attention in every block.")
-    if any(getattr(module, "is_causal", True) is False for module in blocks[0].modules()):
+def _require_causal_attention(name: str, blocks: nn.ModuleList) -> None:
+    # Decoders taken out of an encoder-decoder keep their attention to the encoder, which does not run.
+    own = (module for path, module in blocks[0].named_modules() if "encoder" not in path and "cross" not in path)
+    if any(getattr(module, "is_causal", getattr(module, "is_decoder", True)) is False for module in own):
         raise ValueError(f"{name} attends in both directions; side tuning needs a causal language model.")
 
 

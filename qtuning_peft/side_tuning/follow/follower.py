@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..network import SideNetwork
+from ..network import SideNetwork, UnsupportedBaseError
 
 
 class BlockCall(NamedTuple):
@@ -91,11 +91,12 @@ class Follower:
     """Stands in for a decoder's `forward`; an object, so that the model can be copied and pickled.
 
     Attributes:
+        stream: Index of the stream that is followed, where blocks hand on several (Gemma 3n).
         intercept: Called instead of a plain pass, as `intercept(follower, *args, **kwargs)`, if it is set.
     """
 
-    def __init__(self, host: Host, decoder: nn.Module, blocks: nn.ModuleList) -> None:
-        self.host, self.decoder = host, decoder
+    def __init__(self, host: Host, decoder: nn.Module, blocks: nn.ModuleList, stream: int | None = None) -> None:
+        self.host, self.decoder, self.stream = host, decoder, stream
         self.threads = Threads()
         self.intercept: Callable[..., Any] | None = None
         # Others replace `forward` too: accelerate's hooks, for one.
@@ -129,7 +130,7 @@ class Follower:
         """Run the decoder's own forward, without autograd; `listener` is notified.
 
         Raises:
-            RuntimeError: when the decoder ends without its final norm.
+            UnsupportedBaseError: when the decoder ends without the norm that the side network is attached to.
             ValueError: when something else, in the base or in front of it, wants a gradient.
         """
         current = self.current
@@ -147,9 +148,9 @@ class Follower:
             torch.set_grad_enabled(current.outer_grad)
             current.listener = None
         if current.began and not current.ended:
-            raise RuntimeError(
-                f"{type(self.decoder).__name__} ended without the norm that the side network is attached to; "
-                "side tuning does not support this architecture yet."
+            raise UnsupportedBaseError(
+                f"{type(self.decoder).__name__} has no norm behind its blocks, so there is no place to mix in the side "
+                "network; use a model with a final norm."
             )
         return output
 
@@ -166,15 +167,19 @@ class Follower:
         current = self.current
         if current.listener is not None:
             arguments = _by_name(block, args, kwargs)
-            embeddings = next(iter(arguments.values())).detach()  # (batch, length, d)
+            embeddings = self.stream_of(next(iter(arguments.values()))).detach()  # (batch, length, d)
             with torch.set_grad_enabled(current.outer_grad):
                 current.listener.begin(embeddings, BlockCall(block, arguments))
             current.began = True
 
+    def stream_of(self, states: Tensor) -> Tensor:
+        """The followed one of (streams, batch, length, d), what blocks hand on; of (batch, length, d) the whole."""
+        return states if self.stream is None else states[self.stream]
+
     def after_norm(self, normed: Tensor) -> Tensor:
         """What the decoder goes on with behind its final norm, which has returned `normed` (batch, length, d)."""
         current = self.current
-        if current.listener is None:
+        if current.listener is None or not current.began:  # a norm of the embeddings is not the final one
             return normed
         current.ended = True
         # Left on: what the decoder does behind its norm (a view, a projection) is on the way to the loss.
@@ -208,12 +213,15 @@ class BlockHook:
         if current.listener is None or self.index not in current.listener.layers:
             return None
         call = BlockCall(block, _by_name(block, args, kwargs))
-        hidden_states = (output[0] if isinstance(output, tuple) else output).detach()  # (batch, length, d)
+        states = (output[0] if isinstance(output, tuple) else output).detach()
         with torch.set_grad_enabled(current.outer_grad):
-            changed = current.listener.block(self.index, hidden_states, call)
+            changed = current.listener.block(self.index, self.follower.stream_of(states), call)
         if changed is None:
             return None
-        return (changed.detach(), *output[1:]) if isinstance(output, tuple) else changed.detach()
+        changed = changed.detach()  # (batch, length, d)
+        if self.follower.stream is not None:
+            changed = states.index_copy(0, torch.tensor([self.follower.stream], device=states.device), changed[None])
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
 
 _run_uncompiled: Callable[..., Any] = torch.compiler.disable(Follower.run)

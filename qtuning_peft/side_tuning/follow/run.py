@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..network import SideNetwork
+from ..network import SideNetwork, UnsupportedBaseError
 from ..network.attention import AttentionPass
 from .fit import CenterFit
 from .follower import BlockCall
@@ -20,6 +20,7 @@ class SideRun:
         self.layers: Collection[int] = network.layers
         self.side: Tensor | None = None  # (batch, length, d/r)
         self.steps = 0
+        self.dtype = torch.float32  # of this pass
         self.centers = CenterFit.of(network)
         self.attention: AttentionPass | None = None
         if network.head_dim is not None:
@@ -30,12 +31,14 @@ class SideRun:
     def begin(self, embeddings: Tensor, call: BlockCall) -> None:
         """Start from the embeddings."""
         if embeddings.dim() != 3:
-            raise NotImplementedError(
-                f"The base's blocks work on {embeddings.dim()}-dimensional states instead of (batch, length, width); "
-                "side tuning does not support this architecture yet."
+            raise UnsupportedBaseError(
+                f"The base's blocks work on {embeddings.dim()}-dimensional states instead of (batch, length, width), "
+                "and nothing says which part of them to read; side tuning does not support this architecture yet."
             )
         if self.attention is not None:
             self.attention.begin(call.arguments)
+        # Once for all: some bases keep their residual stream in float32 from the first block on (Mamba).
+        self.dtype = self.network.compute_dtype or embeddings.dtype
         with self._autocast(embeddings):
             self.side = self.network.begin(self._received(embeddings))
 
@@ -50,13 +53,12 @@ class SideRun:
         self.steps += 1
 
     def end(self, normed: Tensor) -> Tensor:
-        """Mix; a `RuntimeError` when not every tapped block has run."""
-        if self.side is None:
-            return normed
+        """Mix; an `UnsupportedBaseError` when not every tapped block has run."""
+        assert self.side is not None
         if self.steps != len(self.layers):
-            raise RuntimeError(
-                f"{self.steps} of {len(self.layers)} tapped blocks ran before the final norm; side tuning needs every "
-                "block to run in every pass, without layer dropping or early exit."
+            raise UnsupportedBaseError(
+                f"{self.steps} of {len(self.layers)} tapped blocks ran before the final norm; choose blocks that run "
+                "in every pass with layers_to_transform, and leave out layer dropping and early exit."
             )
         with self._autocast(normed):
             mixed = self.network.finish(normed, self.side)
@@ -75,10 +77,9 @@ class SideRun:
 
     @contextmanager
     def _autocast(self, hidden_states: Tensor) -> Iterator[None]:
-        """Autocast to the configured dtype, or to that of 16-bit hidden states; else leave the caller's setting."""
-        configured = self.network.compute_dtype
-        dtype = configured or hidden_states.dtype
-        if configured is None and dtype.itemsize != 2:
+        """Autocast to the configured dtype, or to that of 16-bit embeddings; else leave the caller's setting."""
+        dtype = self.dtype
+        if self.network.compute_dtype is None and dtype.itemsize != 2:
             yield
             return
         device_type = self._device_for(hidden_states).type

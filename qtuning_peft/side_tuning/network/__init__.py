@@ -4,8 +4,9 @@ from .downsample import DOWNSAMPLERS, DownSampler, down_sampler
 from .mixing import MIXINGS, Mixing
 from .network import SideNetwork
 from .settings import NetworkSettings
-from .shape import BaseShape
+from .shape import BaseShape, UnsupportedBaseError
 
 __all__ = [
-    "DOWNSAMPLERS", "MIXINGS", "BaseShape", "DownSampler", "Mixing", "NetworkSettings", "SideNetwork", "down_sampler",
+    "DOWNSAMPLERS", "MIXINGS", "BaseShape", "DownSampler", "Mixing", "NetworkSettings", "SideNetwork",
+    "UnsupportedBaseError", "down_sampler",
 ]  # fmt: skip

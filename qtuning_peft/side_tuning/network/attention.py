@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .shape import BaseShape
+from .shape import BaseShape, UnsupportedBaseError
 
 # What attention implementations read beside the mask; the base's blocks pass them through as well.
 ATTENTION_ARGUMENTS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -103,22 +103,22 @@ class SideAttention(nn.Module):
 
 
 def _shared_mask(mask: Any, implementation: str) -> Any:
-    """The base's mask, if it means the same for other heads than the base's; else a `NotImplementedError`."""
+    """The base's mask, if it means the same for other heads than the base's; else an `UnsupportedBaseError`."""
     if implementation.startswith("paged"):
-        raise NotImplementedError(
+        raise UnsupportedBaseError(
             f"Attention implementation {implementation} keeps keys and values in pages, where the side network has "
             "none; generate without continuous batching."
         )
     if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] != 1:
-        raise NotImplementedError(
+        raise UnsupportedBaseError(
             f"The base passes an attention mask for each of its {mask.shape[1]} heads (ALiBi), which means nothing "
-            "to the side network's; side tuning does not support this architecture yet."
+            "to the side network's; leave side_attention out."
         )
-    if implementation == "eager" and isinstance(mask, Tensor) and mask.dtype == torch.bool:
+    if implementation == "eager" and isinstance(mask, Tensor) and not mask.is_floating_point():
         # Elsewhere True means "attend"; in MPT's own attention it means "do not", and the side network would see ahead.
-        raise NotImplementedError(
-            "The base's own attention takes a boolean mask, whose sense is not known; side tuning does not support "
-            "this architecture yet."
+        raise UnsupportedBaseError(
+            f"The base's own attention takes a mask of {mask.dtype}, whose sense is not known; leave out "
+            "side_attention."
         )
     return mask
 
@@ -193,13 +193,21 @@ class AttentionPass:
         # Made once for all blocks that share the base's: autograd saves it for each of them.
         if source is not self._rotary[0]:
             if not (isinstance(source, tuple) and len(source) == 2 and source[0].dim() == 3):
-                raise NotImplementedError(
+                raise UnsupportedBaseError(
                     "The base passes rotary positions in a form other than (cosine, sine) of (batch, length, size); "
-                    "side tuning does not support this architecture yet."
+                    "leave side_attention out."
                 )
             cos, sin = (values.to(device) for values in source)
             self._rotary = source, narrow_rotary(cos, sin, self.head_dim)
         return self._rotary[1]
+
+
+def blocks_without_attention(config: Any) -> set[str]:
+    """What the base's blocks are instead, by its (text) configuration; empty where all of them attend."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    if kinds is None:
+        return set() if getattr(config, "num_attention_heads", None) else {"no attention heads"}
+    return {kind for kind in kinds if not kind.endswith("attention") or kind.startswith("linear")}
 
 
 def cache_in(arguments: dict[str, Any]) -> Cache | None:

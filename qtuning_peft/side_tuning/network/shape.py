@@ -8,6 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class UnsupportedBaseError(ValueError):
+    """The base computes something in a form that side tuning cannot follow."""
+
+
 @dataclass(frozen=True)
 class BaseShape:
     """The base as its side network sees it.

@@ -69,7 +69,7 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
 
     def attach_to_base(self, decoder: Decoder) -> None:
         """Follow every pass of the decoder from now on."""
-        self.follower = Follower(self, decoder.module, decoder.blocks)
+        self.follower = Follower(self, decoder.module, decoder.blocks, decoder.stream)
 
     def detach_from_base(self) -> None:
         """Leave the base as it was."""
@@ -126,8 +126,10 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         """Move the side network to the base's device; its dtype stays float32 on a 16-bit base."""
         if adapter_name in self.qst_side_network:
             network = self.qst_side_network[adapter_name]
-            if not any(parameter.is_meta for parameter in network.parameters()):
-                network.to(device or self._base_device())
+            target = device or self._base_device()
+            devices = {parameter.device for parameter in network.parameters()}
+            if torch.device("meta") not in devices and devices != {target}:
+                network.to(target)
 
     def _base_device(self) -> torch.device:
         # A norm need not have weights.

@@ -24,6 +24,7 @@ from ...reading import reading_from, unsupervised_columns
 from ..follow import Decoder, find_decoder
 from ..network import SideNetwork
 from .config import SideTuningConfig
+from .dry_run import dry_run
 from .files import check_adapter, without_adapter_name
 from .layer import MERGE_REFUSAL, SideTuningLayer
 from .peft_type import PREFIX
@@ -31,6 +32,7 @@ from .refusals import (
     PEFT_PREFIX,
     modules_outside,
     refuse_another_size,
+    refuse_attention,
     refuse_other_adapters,
     refuse_target_modules,
     refuse_untrainable_modules,
@@ -111,10 +113,12 @@ class SideTuningModel(BaseTuner):
         refuse_another_size(peft_config, decoder)
         peft_config.base_hidden_size, peft_config.base_num_layers = shape.hidden_size, shape.num_layers
         refuse_target_modules(peft_config, decoder)
+        refuse_attention(peft_config, decoder)
         refuse_untrainable_modules(peft_config, self.model, decoder)
         # Recorded, so that an adapter stays what it is should the default ever change: no tensor's shape depends on it.
         peft_config.num_side_heads = peft_config.heads(shape)
         peft_config.target_modules = [decoder.norm_path]
+        dry_run(self.model, peft_config)
         base = getattr(self.model, "name_or_path", None)
         commit = cached_commit(base)
         vocabulary = tokenizer_fingerprint(base, commit)

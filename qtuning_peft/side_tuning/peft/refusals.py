@@ -8,6 +8,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..follow import Decoder
+from ..network.attention import blocks_without_attention
 from .config import SideTuningConfig
 
 PEFT_PREFIX = "base_model.model."
@@ -46,6 +47,15 @@ def refuse_another_size(config: SideTuningConfig, decoder: Decoder) -> None:
         )
 
 
+def refuse_attention(config: SideTuningConfig, decoder: Decoder) -> None:
+    """Check that all blocks of the base attend, if side blocks are to: they take over masks, positions and caches."""
+    if config.side_attention and (others := blocks_without_attention(decoder.shape.config)):
+        raise ValueError(
+            f"side_attention is True, but the base has blocks without attention ({', '.join(sorted(others))}); leave "
+            "it out."
+        )
+
+
 def refuse_target_modules(config: SideTuningConfig, decoder: Decoder) -> None:
     """Check that a new adapter names nothing but the final norm."""
     given, norm = config.target_modules, decoder.norm_path.rpartition(".")[2]
@@ -76,6 +86,7 @@ def refuse_untrainable_modules(config: SideTuningConfig, model: nn.Module, decod
     children = [name for name, _ in model.named_children()]
     around = decoder.norm_path.partition(".")[0]
     heads = children[children.index(around) + 1 :]
+    trained = False
     # As PEFT matches them: anything that ends so, even within a word.
     for name in config.modules_to_save or ():
         if any(path.endswith(name) for path in inside):
@@ -89,9 +100,14 @@ def refuse_untrainable_modules(config: SideTuningConfig, model: nn.Module, decod
                 f"modules_to_save names {name}, which runs in front of the base's blocks, where no gradient comes; "
                 "leave it out."
             )
+        trained = trained or bool(found)
         # PEFT adds these two by itself for every classifier.
         if name not in ("classifier", "score") and not found:
             raise ValueError(f"modules_to_save names {name}, which this base does not have; leave it out.")
+    if config.task_type == "SEQ_CLS" and not trained:
+        raise ValueError(
+            f"task_type is SEQ_CLS, but modules_to_save names no head of the base; name it, one of {', '.join(heads)}."
+        )
 
 
 def warn_of_another_base(config: SideTuningConfig, base: Any, vocabulary: str | None) -> None:
