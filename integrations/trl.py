@@ -62,6 +62,8 @@ class EUPruningSFTTrainer(SFTTrainer):
     ) -> None:  # fmt: skip
         self._static = eu_pruning is not None and eu_pruning.mode == "static"
         super().__init__(*args, **kwargs)
+        if eu_pruning is not None and self._is_vision_dataset:
+            raise ValueError("eu_pruning is set, but the data has images, which scores do not see; leave it out.")
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         block = {} if eu_pruning is None else {"eu_pruning": eu_pruning.model_dump(exclude_unset=True)}
         pruned = None
