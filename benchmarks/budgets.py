@@ -36,7 +36,7 @@ def main() -> None:
             }
         )  # fmt: skip
     rows.replace("budgets", results)
-    names = ("noise", "misconception", "redundant", "calibration")
+    names = ("noise", "misconception", "redundant", "calibration", "topped_up", "middle")
     header = ["rows", "correlation", "ratio", "target", "kept", *names, "tokens kept", "quantile a"]
     lines = [
         [

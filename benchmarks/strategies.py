@@ -30,6 +30,7 @@ from benchmarks.gsm8k import read_rows
 from qtuning_peft import SideTuningConfig
 from qtuning_peft.eu_plane import EUPruner, score
 from qtuning_peft.eu_plane.rows import RowEncoder
+from qtuning_peft.eu_plane.selection import KEEP
 from qtuning_peft.loss import IGNORE_INDEX, chunked_cross_entropy
 from qtuning_peft.side_tuning.follow import BaseStates, BlockCall, record_states
 from qtuning_peft.states import reuse_of
@@ -217,8 +218,7 @@ def main() -> None:
             given = options if "sample_ratio" in options else options | {"num_tokens": budget}
             pruner = EUPruner(**given, tokenizer=tokenizer, seed=seed, keep_dropped=True).fit(scored)
             kept = scored.map(pruner, batched=True, load_from_cache_file=False)
-            wanted = ("misconception", "calibration", "kept")
-            labels = {i: row["labels"] for i, row in enumerate(kept) if row["quadrant"] in wanted}
+            labels = {i: row["labels"] for i, row in enumerate(kept) if row["quadrant"] in KEEP}
             model = side_tuned(seed)
             started = time.perf_counter()
             train(model, train_states, labels, seed)

@@ -11,7 +11,8 @@ from peft import PeftConfig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from transformers import TrainerCallback
 
-from qtuning_peft.eu_plane import EUPruner, EUPruningCallback
+from qtuning_peft.eu_plane import EUPruner
+from qtuning_peft.eu_plane.training import for_batches
 from qtuning_peft.registry import Registry, help_of
 from qtuning_peft.side_tuning import SideTuningConfig
 from qtuning_peft.trainer import HiddenStateCacheCallback
@@ -75,7 +76,7 @@ class EUPruningBlock(_PrunerOptions):
     mode: Literal["static", "dynamic"] = Field(
         default="static", description="static: the whole data set is scored once, before training, and pruned by "
         "thresholds for all of it. dynamic: every mini-batch is scored and pruned, under the model as it is then, as "
-        "published; beside a side network under the base, which does not change.",
+        "published; beside a side network by the pass that trains, with others by one more forward pass.",
     )  # fmt: skip
     scorer_model: str | None = Field(
         default=None, description="Model that scores, a folder or a name on the Hub; must share the base's tokenizer. "
@@ -95,7 +96,7 @@ class EUPruningBlock(_PrunerOptions):
     def _check(self) -> "EUPruningBlock":
         pruner = self.pruner(None)
         if self.mode == "dynamic":
-            EUPruningCallback(pruner)
+            for_batches(pruner)
             for name in ("scorer_model", "reference_model", "cache_path", "report_path"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} is {getattr(self, name)!r}, which only mode static uses; leave it out.")

@@ -119,11 +119,6 @@ def _scorer(model: nn.Module, name: str | None) -> Iterator[nn.Module]:
             torch.cuda.empty_cache()
 
 
-def batch_pruning(block: EUPruningBlock, tokenizer: Any) -> EUPruningCallback:
-    """The callback of `mode: dynamic`, which prunes every batch."""
-    return EUPruningCallback(block.pruner(tokenizer), block.tokens_per_batch)
-
-
 def add_callbacks(
     trainer: Any, tokenizer: Any, recipe: Mapping[str, Any], eu_pruning: EUPruningBlock | None, pruned: str | None,
     warn: Callable[[str], None],
@@ -139,7 +134,7 @@ def add_callbacks(
         warn: Gets one sentence if the learning rate is one of LoRA's.
     """
     if eu_pruning is not None and eu_pruning.mode == "dynamic":
-        trainer.add_callback(batch_pruning(eu_pruning, tokenizer))
+        trainer.add_callback(EUPruningCallback(trainer, eu_pruning.pruner(tokenizer), eu_pruning.tokens_per_batch))
     if not is_side_tuned(trainer.model):
         return
     trainer.add_callback(PrefixCachingCallback())

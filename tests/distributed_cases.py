@@ -28,7 +28,6 @@ from peft.utils.other import fsdp_auto_wrap_policy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
@@ -48,7 +47,7 @@ from qtuning_peft import (
     SideTuningTrainer,
 )
 from qtuning_peft.sharding import is_sharded
-from qtuning_peft.side_tuning.follow import find_decoder, record_states
+from qtuning_peft.side_tuning.follow import find_decoder
 from qtuning_peft.states import cache_states, reuse_of
 
 # What a process waits for the others; a case that hangs ends with an error after it.
@@ -123,18 +122,21 @@ def count_passes(model: Any) -> list[int]:
     return passes
 
 
-def trainer(folder: Path, kind: type = Trainer, callbacks: tuple[Any, ...] = (), **overrides: Any) -> Result:
+def trainer(
+    folder: Path, kind: type = Trainer, callbacks: tuple[Any, ...] = (), pruner: EUPruner | None = None,
+    **overrides: Any,
+) -> Result:  # fmt: skip
     """`Trainer`, or one like it; the states of a base in 16 bits are cached as they are."""
     args = TrainingArguments(**settings(folder, **overrides))
     dtype = torch.bfloat16 if callbacks else torch.float32
     # A callback holds what it caches: one of its own for each case.
-    return trained(
-        kind(
-            model=side_tuned(dtype), args=args, train_dataset=rows(),
-            data_collator=DataCollatorForSeq2Seq(word_tokenizer()), callbacks=[make() for make in callbacks],
-        ),
-        folder,
+    made = kind(
+        model=side_tuned(dtype), args=args, train_dataset=rows(),
+        data_collator=DataCollatorForSeq2Seq(word_tokenizer()), callbacks=[make() for make in callbacks],
     )  # fmt: skip
+    if pruner is not None:
+        made.add_callback(EUPruningCallback(made, pruner))
+    return trained(made, folder)
 
 
 def caches() -> tuple[Any, ...]:
@@ -158,10 +160,9 @@ def sft(folder: Path) -> Result:
 
 def pruned_in_training(folder: Path) -> Result:
     """Every process prunes its own batch; one process sees the same batches by accumulating gradients."""
-    pruning = lambda: EUPruningCallback(EUPruner(sample_ratio=0.5, token_ratio=0.5))  # noqa: E731
     return trainer(
-        folder, callbacks=(pruning,), per_device_train_batch_size=GLOBAL_BATCH // 2,
-        gradient_accumulation_steps=2 // world(), remove_unused_columns=False,
+        folder, pruner=EUPruner(sample_ratio=0.5, token_ratio=0.5), per_device_train_batch_size=GLOBAL_BATCH // 2,
+        gradient_accumulation_steps=2 // world(),
     )  # fmt: skip
 
 
@@ -265,17 +266,6 @@ def one_prefix(model: Any) -> None:
         reuse_of(model).prefix.input_ids += 1
 
 
-def recorded(model: Any) -> None:
-    """One process alone has states for its first batch."""
-    if world() > 1 and dist.get_rank() == 0:
-        alone = side_tuned()
-        inputs = batch(0, 4)
-        states = record_states(alone, inputs["input_ids"], attention_mask=inputs["attention_mask"])
-        reuse_of(model).serve_next(states)
-    else:
-        reuse_of(model)
-
-
 def mean(value: torch.Tensor) -> float:
     """Over the processes."""
     if world() > 1:
@@ -345,9 +335,8 @@ def pruned_in_sharded_training(folder: Path) -> None:
     """Dynamic pruning beside FSDP2."""
     model = side_tuned()
     fsdp2(model)
-    loader = DataLoader(Dataset.from_dict({"input_ids": [[1, 2]]}))
-    EUPruningCallback(EUPruner(sample_ratio=0.5)).on_train_begin(
-        TrainingArguments(**settings(folder)), TrainerState(), TrainerControl(), model=model, train_dataloader=loader
+    EUPruningCallback(None, EUPruner(sample_ratio=0.5)).on_train_begin(
+        TrainingArguments(**settings(folder)), TrainerState(), TrainerControl(), model=model
     )
 
 
@@ -388,7 +377,6 @@ CASES: dict[str, dict[str, Callable[[Path], Result]]] = {
         "cache": lambda folder: steps(folder, batches=MET_AGAIN, prepare=cached, dtype=torch.bfloat16),
         "prefix, cache": lambda folder: steps(folder, batches=MET_AGAIN, prepare=cached_prefix, dtype=torch.bfloat16),
         "prefix of one": lambda folder: steps(folder, batches=MET_AGAIN, prepare=one_prefix, dtype=torch.bfloat16),
-        "recorded": lambda folder: steps(folder, prepare=recorded),
     },
     "fsdp1": {
         "additive": lambda folder: steps(folder, fsdp1),

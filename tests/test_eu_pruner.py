@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from algorithm_1 import keep_tokens
 from conftest import word_tokenizer
 from datasets import Dataset
 
@@ -15,7 +16,7 @@ from qtuning_peft.eu_plane.scores import repeated
 from qtuning_peft.eu_plane.selection import SAMPLE_STRATEGIES
 from qtuning_peft.eu_plane.tokens import keep_lowest, neighbour_scores, pieces_of, protected_tokens
 
-KEPT = ("misconception", "calibration", "kept")
+KEPT = ("misconception", "calibration", "topped_up", "kept")
 
 
 def scored_data(count: int = 40, seed: int = 0) -> Dataset:
@@ -60,7 +61,7 @@ def test_share_of_samples_is_met(strategy: str, ratio: float) -> None:
         scored = scored.remove_columns("supervised_tokens").add_column("supervised_tokens", list(range(1, 42)))
     pruner = EUPruner(sample_ratio=ratio, strategy=strategy).fit(scored)
     kept = scored.map(pruner, batched=True, batch_size=7)
-    assert len(kept) == pruner.pruned.kept_samples == math.floor(41 * ratio + 0.5)
+    assert len(kept) == pruner.pruned.kept_samples == math.floor(41 * ratio)
     assert pruner.pruned.notes == []
 
 
@@ -83,37 +84,35 @@ def test_number_of_samples_is_met() -> None:
 def test_kept_rows_are_whole_or_trimmed_misconceptions() -> None:
     scored = scored_data(200)
     kept = scored.map(EUPruner(sample_ratio=0.5, token_ratio=0.5).fit(scored), batched=True)
-    assert set(kept["quadrant"]) == {"misconception", "calibration"}
+    assert set(kept["quadrant"]) == {"misconception", "calibration", "topped_up"}
     for row in kept:
         before = scored[row["id"]]
         assert row["input_ids"] == before["input_ids"]
-        if row["quadrant"] == "calibration":
+        if row["quadrant"] != "misconception":
             assert row["labels"] == before["labels"]
             continue
-        assert len(supervised(row)) == max(1, math.floor(0.5 * before["supervised_tokens"] + 0.5))
+        assert len(supervised(row)) >= max(1, before["supervised_tokens"] // 2)
         assert len(row["token_error"]) == len(row["token_uncertainty"]) == len(supervised(row))
-        scores = neighbour_scores(np.array(before["token_error"]))
         stays = [label != -100 for label in row["labels"][2:]]
-        dropped = scores[~np.array(stays)]
-        assert not len(dropped) or scores[stays].max() <= dropped.min()
+        assert stays == keep_tokens(before["token_error"], 0.5, 0.5, 0.5)
 
 
 def test_neighbour_aware_score_is_its_equation() -> None:
     error = np.log([2.0, 8.0, 1.0, 4.0])
     for weight in (0.0, 0.5, 1.0):
         expected = [
-            (1 - weight) * own + weight * (left + right) / 2
+            (1 - weight) * own + weight * (left + right)
             for own, left, right in ((2, 2, 8), (8, 2, 1), (1, 8, 4), (4, 1, 4))
         ]
         np.testing.assert_allclose(neighbour_scores(error, weight), expected)
-    assert np.isfinite(neighbour_scores(np.array([1e6, 0.0]))).all()
+    assert np.isfinite(neighbour_scores(np.array([1e6, 0.0]), 0.5)).all()
 
 
 def test_protected_tokens_stay_and_count() -> None:
-    scores, protected = np.array([5.0, 1.0, 2.0, 4.0, 3.0]), np.array([True, False, False, True, False])
-    assert keep_lowest(scores, 0.6, protected).tolist() == [True, True, False, True, False]
-    assert keep_lowest(scores, 0.2, protected).tolist() == [True, False, False, True, False]
-    assert keep_lowest(np.ones(4), 0.5, np.zeros(4, bool)).tolist() == [True, True, False, False]
+    scores = np.array([-np.inf, 1.0, 2.0, -np.inf, 3.0])
+    assert keep_lowest(scores, 0.6).tolist() == [True, True, False, True, False]
+    assert keep_lowest(scores, 0.2).tolist() == [True, False, False, True, False]
+    assert keep_lowest(np.ones(4), 0.5).tolist() == [True, True, False, False]
 
 
 @pytest.mark.parametrize("pattern", ["", r"\d*", "x?"])
@@ -160,8 +159,9 @@ def test_a_batch_without_scores_keeps_nothing() -> None:
 
 def test_either_end_of_the_ranking_can_be_kept() -> None:
     row = scored_data(1)[0] | {"token_error": [0.1, 3.0, 0.2, 5.0], "labels": [-100, 5, 6, 7, 8]}
-    lowest = EUPruner(sample_ratio=1, token_ratio=0.5, neighbour_weight=0).kept_tokens(row)
-    highest = EUPruner(sample_ratio=1, token_ratio=0.5, neighbour_weight=0, keep_tokens="highest").kept_tokens(row)
+    options = {"sample_ratio": 1, "token_ratio": 0.5, "neighbour_weight": 0}
+    lowest = EUPruner(**options, trim_above=0).kept_tokens(row)
+    highest = EUPruner(**options, token_strategy="reversed").kept_tokens(row)
     assert lowest.tolist() == [True, False, True, False]
     assert highest.tolist() == [False, True, False, True]
 
@@ -201,7 +201,8 @@ def test_dropped_rows_are_named_when_they_are_kept() -> None:
     pruner = EUPruner(sample_ratio=0.5, token_ratio=0.5, keep_dropped=True, max_repetition=0.5).fit(scored)
     rows = scored.map(pruner, batched=True)
     assert len(rows) == 80
-    assert set(rows["quadrant"]) == {"noise", "redundant", "misconception", "calibration", "degenerate"}
+    corners = {"noise", "redundant", "misconception", "calibration"}
+    assert {*rows["quadrant"]} == corners | {"topped_up", "middle", "degenerate"}
     assert rows[3]["quadrant"] == "degenerate"
     for row in rows:
         if row["quadrant"] not in KEPT:
@@ -268,7 +269,7 @@ def test_pieces_put_together_are_the_text() -> None:
         ({}, "No budget is given"),
         ({"sample_ratio": 0.5, "num_samples": 3}, "sample_ratio and num_samples are given"),
         ({"sample_ratio": 0.5, "strategy": "best"}, "strategy is 'best'; choose one of eu_plane, random"),
-        ({"sample_ratio": 0.5, "keep_tokens": "top"}, "keep_tokens is 'top'"),
+        ({"sample_ratio": 0.5, "trim_above": 50}, "trim_above is 50"),
         ({"sample_ratio": 0.5, "neighbour_weight": 2}, "neighbour_weight is 2"),
         ({"sample_ratio": 0.5, "protect": "x"}, "tokenizer is None"),
         ({"sample_ratio": 0.5, "protect": "("}, "no regular expression"),

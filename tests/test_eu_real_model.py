@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from algorithm_1 import keep_samples, keep_tokens
 from datasets import Dataset
 from peft import get_peft_model
 from test_quantized_bases import full_precision, gguf, nf4, packed_gguf, read_rows
@@ -52,6 +53,24 @@ def test_any_precision_is_scored_by_its_own_logits(
         tolerance = 1e-4 if load is full_precision or load is gguf else 2e-2
         assert error == pytest.approx(-log_p.gather(1, targets[kept, None]).mean().item(), abs=tolerance)
         assert uncertainty == pytest.approx(-(log_p.exp() * log_p).sum(-1).mean().item(), abs=tolerance)
+
+
+@pytest.mark.parametrize("ratio", [0.125, 0.25, 0.5])
+@pytest.mark.parametrize("batch", [8, 16])
+def test_real_answers_are_chosen_and_trimmed_as_published(scored: Dataset, ratio: float, batch: int) -> None:
+    pruner = EUPruner(sample_ratio=ratio, token_ratio=0.5, per_batch=True)
+    kept = scored.add_column("id", [*range(16)]).map(pruner, batched=True, batch_size=batch)
+    by_id = {row["id"]: row for row in kept}
+    for start in range(0, 16, batch):
+        rows = scored[start : start + batch]
+        expected = keep_samples(rows["error"], rows["uncertainty"], ratio)
+        assert {index for index in by_id if start <= index < start + batch} == {start + index for index in expected}
+        for index, role in expected.items():
+            labels = np.array(rows["labels"][index])
+            supervised = np.flatnonzero(labels != -100)
+            stay = keep_tokens(rows["token_error"][index], 0.5, 0.5, 0.5) if role == "Q2" else [True] * len(supervised)
+            labels[supervised[~np.array(stay)]] = -100
+            assert by_id[start + index]["labels"] == labels.tolist()
 
 
 @pytest.mark.parametrize("ratio", [0.125, 0.25, 0.5, 0.75])

@@ -1,12 +1,17 @@
-"""The pruner against Q-Tuning's selection written out anew, step by step in float64, on many random data sets."""
+"""The pruner against Q-Tuning's Algorithm 1 and equation 7, written out anew in float64, on many random data sets."""
 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pytest
+from algorithm_1 import keep_samples, keep_tokens, share
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -16,50 +21,13 @@ Rows = dict[str, list[Any]]
 SPECIAL = 9
 
 
-def quadrants_after(error: list[float], uncertainty: list[float], steps: int) -> list[str]:
-    """Every sample's quadrant when the four counts have grown `steps` times in all."""
-    count = len(error)
-    error_low, uncertainty_low, error_high, uncertainty_high = ((steps + 3 - turn) // 4 for turn in range(4))
-    middle = float(np.median(error))
-    # Rank 0 is the lowest.
-    e_ranks, u_ranks = (np.argsort(np.argsort(values)).tolist() for values in (error, uncertainty))
-    names = []
-    for e, e_rank, u_rank in zip(error, e_ranks, u_ranks, strict=True):
-        e_high, u_high = e_rank >= count - error_high, u_rank >= count - uncertainty_high
-        e_low, u_low = e_rank < error_low, u_rank < uncertainty_low
-        noise, redundant = e_high and u_high, e_low and u_low
-        if noise and redundant:
-            names.append("noise" if e > middle else "redundant")
-        elif noise or redundant:
-            names.append("noise" if noise else "redundant")
-        else:
-            names.append("misconception" if e_high or u_low else "calibration")
-    return names
+ROLES = {"misconception": "Q2", "calibration": "Q4", "topped_up": "top-up"}
+RATIOS = [0.01, 0.05, 0.125, 0.25, 0.29, 0.5, 0.7, 0.9, 1.0]
 
 
-def kept(names: list[str]) -> int:
-    return sum(name in ("misconception", "calibration") for name in names)
-
-
-def expected_quadrants(error: list[float], uncertainty: list[float], budget: int) -> list[str]:
-    for steps in range(4 * len(error) + 1):
-        names = quadrants_after(error, uncertainty, steps)
-        if kept(names) == budget:
-            return names
-    raise AssertionError(f"no number of steps leaves {budget} of {len(error)}")
-
-
-def expected_tokens(errors: list[float], ratio: float, weight: float, protected: list[bool]) -> list[bool]:
-    """Which of a sample's supervised tokens stay."""
-    perplexity, count = [math.exp(e) for e in errors], len(errors)
-    scores = []
-    for i, own in enumerate(perplexity):
-        before = perplexity[i - 1] if i else own
-        after = perplexity[i + 1] if i + 1 < count else own
-        scores.append((1 - weight) * own + weight * (before + after) / 2)
-    room = max(1, math.floor(ratio * count + 0.5)) - sum(protected)
-    free = sorted((i for i in range(count) if not protected[i]), key=lambda i: (scores[i], i))
-    return [protected[i] or i in free[: max(0, room)] for i in range(count)]
+def roles(names: Iterable[str]) -> dict[int, str]:
+    """What the kept rows are, in the paper's words."""
+    return {index: ROLES[name] for index, name in enumerate(names) if name in ROLES}
 
 
 def scored_rows(count: int, correlation: float, draw: np.random.Generator) -> Rows:
@@ -94,52 +62,72 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def check(rows: Rows, names: list[str], pruner: EUPruner, result: Rows) -> None:
-    """`result` is `rows` pruned: the kept ones of `names`, misconceptions trimmed."""
-    chosen = [i for i, name in enumerate(names) if name in ("misconception", "calibration")]
-    assert result["id"] == chosen
-    assert result["quadrant"] == [names[i] for i in chosen]
-    for i, found in zip(chosen, result["labels"], strict=True):
+def check(rows: Rows, expected: dict[int, str], pruner: EUPruner, result: Rows) -> None:
+    """`result` is `rows` pruned: the rows of `expected`, misconceptions trimmed."""
+    assert result["id"] == sorted(expected)
+    assert dict(zip(result["id"], map(ROLES.get, result["quadrant"]), strict=True)) == expected
+    for i, found in zip(result["id"], result["labels"], strict=True):
         labels = list(rows["labels"][i])
-        if names[i] == "misconception":
+        if expected[i] == "Q2":
             protected = [pruner.tokenizer is not None and label == SPECIAL for label in labels[2:]]
-            stay = expected_tokens(rows["token_error"][i], pruner.token_ratio, pruner.neighbour_weight, protected)
+            options = pruner.token_ratio, pruner.neighbour_weight, pruner.trim_above
+            stay = keep_tokens(rows["token_error"][i], *options, protected)
             labels[2:] = [label if one else -100 for label, one in zip(labels[2:], stay, strict=True)]
         assert list(found) == labels
 
 
-@pytest.mark.parametrize("correlation", [-1.0, -0.5, 0.0, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("seed", range(10))
-def test_quadrants_and_labels_are_the_reference(correlation: float, seed: int) -> None:
-    draw = np.random.default_rng([seed, int(10 * correlation) + 10])
-    for ratio in (0.05, 0.125, 0.25, 0.5, 0.7, 0.9, 1.0):
+@settings(max_examples=int(os.environ.get("FUZZ_CASES", "100")), deadline=None)
+@given(
+    pairs=st.lists(
+        # Not so close that interpolated quantiles round; and ties in one score or in both.
+        st.tuples(*[st.integers(0, 12_000).map(lambda thousandth: thousandth / 1000)] * 2)
+        | st.tuples(*[st.integers(0, 4).map(float)] * 2),
+        min_size=1,
+        max_size=40,
+    ),
+    ratio=st.sampled_from(RATIOS),
+)
+def test_any_batch_keeps_the_rows_of_algorithm_1(pairs: list[tuple[float, float]], ratio: float) -> None:
+    error, uncertainty = map(list, zip(*pairs, strict=True))
+    rows = {"error": error, "uncertainty": uncertainty, "supervised_tokens": [3] * len(error)}
+    names = EUPruner(sample_ratio=ratio, per_batch=True).quadrants(rows)
+    assert roles(names) == keep_samples(error, uncertainty, ratio)
+
+
+@settings(max_examples=int(os.environ.get("FUZZ_CASES", "100")), deadline=None)
+@given(
+    errors=st.lists(st.floats(0, 30, width=32) | st.sampled_from([0.0, 1.0, 40.0]), min_size=1, max_size=40),
+    ratio=st.sampled_from(RATIOS),
+    weight=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
+    percentile=st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0]),
+)
+def test_any_sample_keeps_the_tokens_of_equation_7(
+    errors: list[float], ratio: float, weight: float, percentile: float
+) -> None:
+    pruner = EUPruner(sample_ratio=1.0, token_ratio=ratio, neighbour_weight=weight, trim_above=percentile)
+    row = {"labels": [-100, *range(len(errors))], "token_error": errors}
+    assert pruner.kept_tokens(row).tolist() == keep_tokens(errors, ratio, weight, percentile)
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.8, 1.0])
+def test_a_data_set_is_divided_and_trimmed_as_one_batch(correlation: float) -> None:
+    draw = np.random.default_rng(int(10 * correlation) + 10)
+    for ratio in RATIOS:
         count = int(draw.integers(1, 61))
         rows = scored_rows(count, correlation, draw)
         pruner = EUPruner(
             sample_ratio=ratio,
             token_ratio=float(draw.choice([0.01, 0.25, 0.5, 0.7, 1.0])),
             neighbour_weight=float(draw.choice([0.0, 0.25, 0.5, 1.0])),
+            trim_above=float(draw.choice([0.0, 0.5])),
             tokenizer=tokenizer() if draw.random() < 0.5 else None,
-        )
-        budget = max(1, math.floor(count * ratio + 0.5))
-        names = expected_quadrants(rows["error"], rows["uncertainty"], budget)
-        pruner.fit(rows)
-        assert list(pruner.quadrants(rows)) == names
-        assert pruner.pruned.kept_samples == budget
-        check(rows, names, pruner, pruner(rows))
-
-
-@pytest.mark.parametrize("count", range(1, 13))
-def test_every_number_of_samples_is_the_reference(count: int) -> None:
-    draw = np.random.default_rng(count)
-    for correlation in (-0.9, 0.0, 0.9):
-        rows = scored_rows(count, correlation, draw)
-        for budget in range(1, count + 1):
-            pruner = EUPruner(num_samples=budget).fit(rows)
-            assert list(pruner.quadrants(rows)) == expected_quadrants(rows["error"], rows["uncertainty"], budget)
-    pruner = EUPruner(num_samples=count + 1).fit(rows)
-    assert list(pruner.quadrants(rows)) == quadrants_after(rows["error"], rows["uncertainty"], 0)
-    assert (pruner.pruned.target_samples, pruner.pruned.notes) == (count, [])
+        ).fit(rows)
+        expected = keep_samples(rows["error"], rows["uncertainty"], ratio)
+        assert roles(pruner.quadrants(rows)) == expected
+        assert len(expected) == pruner.pruned.kept_samples == share(count, ratio)
+        result = pruner(rows)
+        check(rows, expected, pruner, result)
+        assert pruner.pruned.kept_tokens == sum(label != -100 for labels in result["labels"] for label in labels)
 
 
 @pytest.mark.filterwarnings("ignore:2 samples are kept instead of 1")
@@ -148,6 +136,9 @@ def test_at_a_tie_more_is_kept_and_a_limit_is_no_excess(strategy: str) -> None:
     rows = {name: values * 2 for name, values in scored_rows(1, 0.0, np.random.default_rng(0)).items()}
     pruner = EUPruner(num_samples=1, strategy=strategy, max_repetition=0.0).fit(rows)
     assert pruner.pruned.kept_samples == 2
+    # A batch that is divided by itself has a first one.
+    alone = EUPruner(num_samples=1, strategy=strategy, per_batch=True)(rows)
+    assert len(alone["id"]) == 1
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -159,8 +150,7 @@ def test_batches_are_the_reference(seed: int) -> None:
     for start in range(0, count, 7):
         batch = {name: values[start : start + 7] for name, values in rows.items()}
         batch["id"] = list(range(len(batch["id"])))
-        budget = max(1, math.floor(len(batch["id"]) * ratio + 0.5))
-        check(batch, expected_quadrants(batch["error"], batch["uncertainty"], budget), per_batch, per_batch(batch))
+        check(batch, keep_samples(batch["error"], batch["uncertainty"], ratio), per_batch, per_batch(batch))
 
 
 @pytest.mark.parametrize(

@@ -133,14 +133,15 @@ def test_counts_and_means_are_the_pruners(tmp_path: Path, tokenizer: Any) -> Non
     assert pruner.pruned is not None
     assert {name: int(cells[1]) for name, cells in page.cells.items()} == pruner.pruned.counts
     assert set(pruner.pruned.counts) == {
-        "noise", "misconception", "redundant", "calibration", "degenerate", "unscored"
+        "noise", "misconception", "redundant", "calibration", "topped_up", "middle", "degenerate", "unscored"
     }  # fmt: skip
     error, quadrants = np.array(scored["error"][:]), pruner.quadrants(scored)
     for name in ("noise", "misconception", "redundant", "calibration"):
         assert float(page.cells[name][3]) == pytest.approx(error[quadrants == name].mean(), abs=5e-4)
     assert page.cells["noise"][-1] == "dropped"
     assert page.cells["misconception"][-1] == "kept, with 50% of their supervised tokens"
-    assert page.cells["calibration"][-1] == "kept whole"
+    assert page.cells["calibration"][-1] == page.cells["topped_up"][-1] == "kept whole"
+    assert page.cells["middle"][-1] == "dropped"
     assert f"Samples kept{pruner.pruned.kept_samples}of 40" in page.text
     assert f"Supervised tokens kept{pruner.pruned.kept_tokens}of {40 * 12}" in page.text
     assert all(note in page.text for note in pruner.pruned.notes)
@@ -334,7 +335,7 @@ def test_points_thresholds_and_legend_are_the_pruners() -> None:
     np.testing.assert_allclose(points.get_offsets(), expected)
     quadrants = pruner.quadrants(scored)[shown]
     colours = [tuple(colour) for colour in points.get_facecolors()]
-    assert len({*zip(quadrants, colours, strict=True)}) == len({*quadrants}) == len({*colours}) == 4
+    assert len({*zip(quadrants, colours, strict=True)}) == len({*quadrants}) == len({*colours}) == 6
     thresholds = pruner.fitted.thresholds
     assert thresholds is not None
     lines = {tuple(line.get_xydata()[0]) for line in plane(figure).lines}
@@ -356,12 +357,12 @@ def test_without_a_pruner_there_is_one_colour() -> None:
     assert not figure.legends
 
 
-def test_crossing_thresholds(tmp_path: Path) -> None:
+def test_low_ends_at_a_dashed_line_below_where_high_begins(tmp_path: Path) -> None:
     scored = data(200)
     pruner = fitted(scored, sample_ratio=0.05)
     thresholds = pruner.fitted.thresholds
     assert thresholds is not None
-    assert thresholds.error_low > thresholds.error_high
+    assert thresholds.error_low < thresholds.error_high
     figure = plot_plane(scored, pruner, path=tmp_path / "a.png")
     styles = {line.get_linestyle(): line.get_ydata()[0] for line in plane(figure).lines[::2]}
     assert styles == {"--": thresholds.error_low, "-": thresholds.error_high}
@@ -426,7 +427,7 @@ def test_far_outliers_leave_the_view_and_are_counted(rows: int) -> None:
 def test_density_shows_each_quadrant_in_its_place() -> None:
     error, uncertainty = np.meshgrid(np.linspace(2, 5, 160), np.linspace(1, 2, 160))
     scored = {"error": error.ravel(), "uncertainty": uncertainty.ravel(), "supervised_tokens": np.ones(error.size)}
-    pruner = fitted(scored)  # type: ignore[arg-type]  # arrays do for a table
+    pruner = fitted(scored, token_ratio=1.0)  # type: ignore[arg-type]  # arrays do for a table
     (image,) = plane(plot_plane(scored, pruner)).images
     cells = np.asarray(image.get_array())
     near = [cells[y - 4 : y + 4, x - 4 : x + 4].reshape(-1, 4) for y, x in ((25, 25), (25, 175), (175, 25), (175, 175))]

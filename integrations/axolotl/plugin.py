@@ -57,13 +57,10 @@ class QTuningPlugin(BasePlugin):
         LOG.info("Side network beside a base of %.1f MiB (%s)", size, f"{loaded[0]}-bit" if loaded else base.dtype)
 
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
-        """Train on the CPU where there is no GPU, also in bfloat16; score batches where the model is."""
+        """Train on the CPU where there is no GPU, also in bfloat16."""
         import torch
 
-        on_cpu = cfg.adapter == "qst" and not torch.cuda.is_available()
-        dynamic = cfg.eu_pruning and cfg.eu_pruning.mode == "dynamic"
-        loading = {"dataloader_num_workers": 0, "dataloader_prefetch_factor": None}
-        return ({"use_cpu": True} if on_cpu else {}) | (loading if dynamic else {}) or None
+        return {"use_cpu": True} if cfg.adapter == "qst" and not torch.cuda.is_available() else None
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Prune the training data, if asked to, and add what the blocks ask of the trainer."""

@@ -16,13 +16,15 @@ from typing import Any
 from datasets import Dataset
 from peft import get_peft_model
 from qtuning_peft.integrations.blocks import EUPruningBlock, QSTBlock, read_block
-from qtuning_peft.integrations.common import batch_pruning, prune_before_training
+from qtuning_peft.integrations.common import prune_before_training
 from swift.callbacks import callbacks_map
 from swift.dataset import LazyLLMDataset
 from swift.tuner_plugin import PeftTuner, tuners_map
 from swift.utils import get_logger
 from torch import nn
 from transformers import TrainerCallback
+
+from qtuning_peft.eu_plane import EUPruningCallback
 
 logger = get_logger()
 
@@ -83,8 +85,11 @@ def eu_pruning(args: Any, trainer: Any) -> TrainerCallback:
             f"task_type is {trainer.task_type!r}, whose samples have no supervised tokens to score; remove eu_pruning, "
             "or choose causal_lm."
         )
-    static = block.mode == "static"
-    return StaticPruningCallback(block, trainer) if static else batch_pruning(block, trainer.template.tokenizer)
+    if block.mode == "static":
+        return StaticPruningCallback(block, trainer)
+    # Else ms-swift cuts labels down to the positions it wants logits of, and rows of packs are no longer told apart.
+    trainer.args.use_logits_to_keep = False
+    return EUPruningCallback(trainer, block.pruner(trainer.template.tokenizer), block.tokens_per_batch)
 
 
 def _row(encoded: dict[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ import numpy as np
 
 from ..atomic import replacing
 from .pruner import EUPruner
-from .quadrants import CALIBRATION, MISCONCEPTION, NOISE, REDUNDANT, Thresholds
-from .selection import DEGENERATE, DROPPED, KEPT, SAMPLE_STRATEGIES, UNSCORED
+from .quadrants import CALIBRATION, MIDDLE, MISCONCEPTION, NOISE, REDUNDANT, Thresholds
+from .selection import DEGENERATE, DROPPED, KEPT, SAMPLE_STRATEGIES, TOPPED_UP, UNSCORED
 from .strategies import EUPlane
 from .table import Data, names_of, numbers, rank_correlation, require
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 # Of Okabe and Ito's palette, which colour-blind readers tell apart; what is dropped as known is grey.
 COLOURS = {
     NOISE: "#d55e00", MISCONCEPTION: "#0072b2", REDUNDANT: "#8c8c8c", CALIBRATION: "#009e73",
-    KEPT: "#0072b2", DROPPED: "#8c8c8c", DEGENERATE: "#cc79a7", UNSCORED: "#bdbdbd",
+    TOPPED_UP: "#e69f00", MIDDLE: "#c8ccd0", KEPT: "#0072b2", DROPPED: "#8c8c8c", DEGENERATE: "#cc79a7",
+    UNSCORED: "#bdbdbd",
 }  # fmt: skip
 INK = "#24292f"
 STYLE: dict[Any, Any] = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK) | {
@@ -160,7 +161,7 @@ def _density(x: np.ndarray, y: np.ndarray, groups: Mapping[str, np.ndarray], vie
 
 
 def _lines(axes: Axes, thresholds: Thresholds) -> None:
-    """The finite thresholds: where high begins as a line, where low ends dashed; either may be the greater."""
+    """The finite thresholds: where high begins as a line, where low ends dashed."""
     line: dict[str, Any] = {"color": INK, "linewidth": 0.9, "alpha": 0.6}
     text: dict[str, Any] = {"color": INK, "fontsize": 8, "alpha": 0.8, "clip_on": True}
     # The names of both stand at opposite ends, as the lines may be close together.

@@ -1,11 +1,10 @@
 """`EUPruner`: what a data set's scores say is kept, as a function for `datasets.map(..., batched=True)`.
 
-Two stages (Q-Tuning, arXiv 2509.23873). Samples: the quadrants of the Error-Uncertainty plane, with thresholds that
-meet a budget (see `quadrants`). Tokens: the best share of every misconception (see `tokens`). Both read columns that
+Two stages (Q-Tuning, arXiv 2509.23873). Samples: two corners of the Error-Uncertainty plane, topped up to a budget (see
+`quadrants` and `strategies`). Tokens: the best share of every misconception (see `tokens`). Both read columns that
 `EUScorer` wrote, so that pruning again with other ratios runs no model.
 """
 
-import math
 import re
 import warnings
 from collections import Counter
@@ -20,8 +19,8 @@ from ..loss import IGNORE_INDEX
 from ..registry import option
 from .scores import SCORES, scores_of, token_columns
 from .selection import DEGENERATE, KEEP, SAMPLE_STRATEGIES, TRIM, UNSCORED, Budget, Pruned, SampleStrategy
-from .table import Data, columns_of, mismatch, rank_correlation, read_table, require, supervised
-from .tokens import TOKEN_STRATEGIES, keep_lowest, kept_counts, protected_tokens
+from .table import Data, columns_of, mismatch, names_of, rank_correlation, read_table, require, supervised
+from .tokens import TOKEN_STRATEGIES, keep_lowest, protected_tokens, share_of
 
 
 @dataclass
@@ -36,18 +35,22 @@ class EUPruner:
     """
 
     _: KW_ONLY
-    sample_ratio: float | None = option(None, "Share of the samples to keep, in (0, 1].")
+    sample_ratio: float | None = option(None, "Share of the samples to keep, in (0, 1], rounded down.")
     num_samples: int | None = option(None, "Number of samples to keep, instead of a share.")
     num_tokens: int | None = option(None, "Number of supervised tokens to keep, instead of a share of the samples.")
     token_ratio: float = option(
         1.0,
-        "Share of the supervised tokens to keep in samples that are trimmed, in (0, 1]: in misconceptions, or, with "
-        "another strategy than the plane, in every kept sample.",
+        "Share of the supervised tokens to keep in samples that are trimmed, in (0, 1], or more (see trim_above): in "
+        "misconceptions, or, with another strategy than the plane, in every kept sample.",
     )
     strategy: str = option("eu_plane", "Which samples are kept.", SAMPLE_STRATEGIES)
     token_strategy: str = option("neighbours", "Which tokens of trimmed samples are kept.", TOKEN_STRATEGIES)
     neighbour_weight: float = option(0.5, "Weight of a token's neighbours, 0 to 1, for token_strategy neighbours.")
-    keep_tokens: str = option("lowest", "Which end of the ranking of tokens is kept: lowest, or to compare highest.")
+    trim_above: float = option(
+        0.5,
+        "For token_strategy neighbours: a token is trimmed only if its perplexity, and the mean of its neighbours', "
+        "exceed this quantile of its row's, 0 to 1.",
+    )
     tokenizer: Any = option(None, "The model's tokenizer; special tokens are never trimmed.")
     protect: str | Sequence[str] = option(
         (), "Regular expressions for text that is never trimmed, such as '####.*'; needs the tokenizer."
@@ -67,7 +70,7 @@ class EUPruner:
         for names, right, choose in (
             (("sample_ratio", "token_ratio"), lambda value: 0 < value <= 1, "a share in (0, 1]"),
             (("num_samples", "num_tokens"), lambda value: value >= 1, "at least 1"),
-            (("neighbour_weight", "max_repetition"), lambda value: 0 <= value <= 1, "from 0 to 1"),
+            (("neighbour_weight", "trim_above", "max_repetition"), lambda value: 0 <= value <= 1, "from 0 to 1"),
         ):
             for name in names:
                 value = getattr(self, name)
@@ -79,8 +82,6 @@ class EUPruner:
             raise ValueError(f"{given} given; give exactly one of sample_ratio, num_samples and num_tokens.")
         SAMPLE_STRATEGIES.check(self.strategy)
         TOKEN_STRATEGIES.check(self.token_strategy)
-        if self.keep_tokens not in ("lowest", "highest"):
-            raise ValueError(f"keep_tokens is {self.keep_tokens!r}; choose one of lowest, highest.")
         self.protect = (self.protect,) if isinstance(self.protect, str) else tuple(self.protect)
         for pattern in self.protect:
             try:
@@ -112,9 +113,8 @@ class EUPruner:
         rows = self._table(scored)
         if rows["aside"].all():
             raise ValueError(f"None of the {len(rows)} rows can be kept: all are without a score or degenerate.")
-        if self.tokenizer is not None and self.token_ratio < 1:
-            rows["protected"] = [self._protected(supervised(labels)).sum() for labels in scored["labels"]]
-        self._fitted = self._fit(rows)
+        rows["trimmed"] = self._trimmed(scored, rows)
+        self._fitted, _ = self._fit(rows)
         self.pruned = self._summary(rows, self._label(rows, self._fitted))
         for note in self.pruned.notes:
             warnings.warn(note, stacklevel=2)
@@ -123,7 +123,11 @@ class EUPruner:
     def quadrants(self, rows: Data) -> np.ndarray:
         """What becomes of every row, (rows,): its quadrant, or `kept` or `dropped` with another strategy."""
         table = self._table(rows)
-        return self._label(table, self._fit(table) if self.per_batch else self.fitted)
+        if not self.per_batch:
+            return self._label(table, self.fitted)
+        if self.num_tokens is not None:
+            table["trimmed"] = self._trimmed(rows, table)
+        return self._fit(table)[1]
 
     def _table(self, data: Data) -> pd.DataFrame:
         """The columns that decide, and `aside`: names for rows that are not chosen from, empty for the others."""
@@ -133,15 +137,29 @@ class EUPruner:
         rows["aside"] = np.select([rows["unscored"], np.broadcast_to(repeats, len(rows))], [UNSCORED, DEGENERATE], "")
         return rows
 
-    def _fit(self, rows: pd.DataFrame) -> SampleStrategy:
-        """The strategy, fitted on the rows that can be chosen from; in a batch there may be none."""
-        strategy = SAMPLE_STRATEGIES[self.strategy](self)
+    def _fit(self, rows: pd.DataFrame) -> tuple[SampleStrategy, np.ndarray]:
+        """The strategy, fitted on the rows that can be chosen from, and what becomes of all when they are all there is.
+
+        In a batch there may be none to choose from.
+        """
+        strategy, quadrants = SAMPLE_STRATEGIES[self.strategy](self), rows["aside"].to_numpy(object)
         target, rows = self._target(len(rows)), rows[rows["aside"] == ""]
         if len(rows):
             each = np.ones(len(rows))
             budget = self._in_tokens(rows) if target is None else Budget(min(target, len(rows)), each, each)
-            strategy.fit(rows, budget)
-        return strategy
+            quadrants[quadrants == ""] = strategy.fit(rows, budget)
+        return strategy, quadrants.astype(str)
+
+    def _trimmed(self, scored: Data, rows: pd.DataFrame) -> Any:
+        """Supervised tokens of every row that would be left if it was trimmed, (rows,)."""
+        if self.token_ratio == 1:
+            return rows["supervised_tokens"]
+        columns = {"labels", *TOKEN_STRATEGIES[self.token_strategy].columns}
+        require(columns, names_of(scored))
+        return [
+            0 if aside else self.kept_tokens(dict(zip(columns, row, strict=True))).sum()
+            for aside, *row in zip(rows["aside"], *(scored[name] for name in columns), strict=True)
+        ]
 
     def _label(self, rows: pd.DataFrame, strategy: SampleStrategy) -> np.ndarray:
         quadrants = rows["aside"].to_numpy(object)
@@ -152,15 +170,11 @@ class EUPruner:
     def _target(self, rows: int) -> int | None:
         """Samples to keep of `rows`; those without a score count, or the budget would depend on them."""
         if self.sample_ratio is not None:
-            return max(1, math.floor(rows * self.sample_ratio + 0.5))
+            return share_of(rows, self.sample_ratio)
         return min(self.num_samples, rows) if self.num_samples is not None else None
 
     def _in_tokens(self, rows: pd.DataFrame) -> Budget:
-        whole = rows["supervised_tokens"].to_numpy()
-        trimmed = kept_counts(whole, self.token_ratio)
-        if "protected" in rows:
-            trimmed = np.maximum(trimmed, rows["protected"])
-        return Budget(self.num_tokens or 0, whole, trimmed)
+        return Budget(self.num_tokens or 0, rows["supervised_tokens"].to_numpy(), rows["trimmed"].to_numpy())
 
     def _summary(self, rows: pd.DataFrame, quadrants: np.ndarray) -> Pruned:
         found, scored = Counter(quadrants.tolist()), rows[~rows["unscored"]]
@@ -179,7 +193,7 @@ class EUPruner:
             notes.append(f"{copies} of {len(rows)} rows score exactly as another one, as copies do; {advice}.")
         return Pruned(
             counts={name: found[name] for name in (*names, DEGENERATE, UNSCORED) if name in names or found[name]},
-            kept_samples=kept, kept_tokens=int(self._in_tokens(rows).cost(quadrants)),
+            kept_samples=kept, kept_tokens=int(self._in_tokens(rows).spent(quadrants)),
             samples=len(rows), tokens=int(rows["supervised_tokens"].sum()),
             correlation=rank_correlation(scored["error"], scored["uncertainty"]),
             target_samples=target, target_tokens=self.num_tokens, notes=notes,
@@ -216,9 +230,7 @@ class EUPruner:
         tokens = supervised(row["labels"])
         if len(tokens) != len(scores):
             raise mismatch(len(tokens), len(scores))
-        return keep_lowest(
-            scores if self.keep_tokens == "lowest" else -scores, self.token_ratio, self._protected(tokens)
-        )
+        return keep_lowest(np.where(self._protected(tokens), -np.inf, scores), self.token_ratio)
 
     def trim(self, row: dict[str, Any]) -> dict[str, Any]:
         """`row` without labels for the tokens that are not kept, and with the scores of those that are.

@@ -40,6 +40,8 @@ MEANING = {
     "misconception": "high error, low uncertainty",
     "redundant": "low error, low uncertainty",
     "calibration": "low error, high uncertainty",
+    "topped_up": "of the dropped corners, as the kept ones are too small: error and uncertainty differ most",
+    "middle": "in no corner",
 }
 
 

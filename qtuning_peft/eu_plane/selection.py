@@ -1,7 +1,8 @@
 """Stage 1: which samples are kept, by a budget in samples or in supervised tokens.
 
-A sample strategy is fitted on scored rows and a budget, and then says of any row what becomes of it. Equal rows share
-their fate, so that it can be applied to any batch; where that makes the budget unreachable, the nearest one is met.
+A sample strategy gives every row a priority; the highest are kept. Fitted on scored rows, it then says of any row what
+becomes of it: equal rows share their fate, so that it can be applied to any batch, and where that makes the budget
+unreachable, the nearest one is met. A batch that is divided by itself always meets it: of equal rows, the first stay.
 
 `@sample_strategy("name", "column", ...)` on a function that gives every row a priority adds a strategy; so does
 `@SAMPLE_STRATEGIES.register("name")` on a class derived from `SampleStrategy`.
@@ -24,11 +25,13 @@ class Options(Protocol):
 
     seed: int
     neighbour_weight: float
+    trim_above: float
 
 
-# Beside the quadrants: what most strategies say of a row, and rows that no strategy judges.
-KEPT, DROPPED, DEGENERATE, UNSCORED = "kept", "dropped", "degenerate", "unscored"
-KEEP = (MISCONCEPTION, CALIBRATION, KEPT)
+# Beside the corners of the plane: rows that it adds to the kept corners, what other strategies say of a row, and rows
+# that no strategy judges.
+TOPPED_UP, KEPT, DROPPED, DEGENERATE, UNSCORED = "topped_up", "kept", "dropped", "degenerate", "unscored"
+KEEP = (MISCONCEPTION, CALIBRATION, TOPPED_UP, KEPT)
 TRIM = (MISCONCEPTION, KEPT)
 
 
@@ -46,16 +49,20 @@ class Budget:
     whole: np.ndarray
     trimmed: np.ndarray
 
-    def cost(self, quadrants: np.ndarray) -> float:
+    def costs(self, quadrants: np.ndarray) -> np.ndarray:
+        """What each row costs if it is kept, (rows,), by its quadrant, (rows,)."""
+        return np.where(np.isin(quadrants, TRIM), self.trimmed, self.whole)
+
+    def spent(self, quadrants: np.ndarray) -> float:
         """What is kept of the rows, whose quadrants are (rows,)."""
-        costs = np.where(np.isin(quadrants, TRIM), self.trimmed, self.whole)
-        return float(costs[np.isin(quadrants, KEEP)].sum())
+        return float(self.costs(quadrants)[np.isin(quadrants, KEEP)].sum())
 
 
 class SampleStrategy:
     """Divides rows into those that are kept and those that are not: the highest priorities, as the budget allows.
 
-    Override `priority`, or `fit` and `__call__` to divide them otherwise.
+    Override `priority`; `prepare` too if it needs to see all rows first, and `names` if it says more than `kept` and
+    `dropped`.
 
     Args:
         options: The pruner, for its options, such as `seed`.
@@ -72,22 +79,39 @@ class SampleStrategy:
     def __init__(self, options: Options) -> None:
         self.options = options
 
+    def prepare(self, rows: pd.DataFrame, budget: Budget) -> None:
+        """Called with all rows, before any priority is asked for."""
+
     def priority(self, rows: pd.DataFrame) -> Any:
         """Priority of every row, (rows,)."""
         raise NotImplementedError
 
-    def fit(self, rows: pd.DataFrame, budget: Budget) -> None:
-        """Find what divides `rows` so that the kept ones cost nearest to the budget's target."""
-        # Each candidate keeps one more group of equal priorities.
-        candidates, group = np.unique(-np.asarray(self.priority(rows), np.float64), return_inverse=True)
-        distances = np.abs(np.cumsum(np.bincount(group, weights=budget.trimmed)) - budget.target)
-        nearest = int(np.flatnonzero(distances == distances.min())[-1])
-        if nearest + 1 < len(candidates):
-            self.lowest = -float(candidates[nearest : nearest + 2].mean())
+    def names(self, rows: pd.DataFrame, kept: np.ndarray) -> np.ndarray:
+        """What becomes of every row, (rows,) of names in `quadrants`, where `kept` (rows,), bool, are kept."""
+        return np.where(kept, KEPT, DROPPED)
+
+    def fit(self, rows: pd.DataFrame, budget: Budget) -> np.ndarray:
+        """Find what divides `rows`, so that the kept ones cost nearest to the budget's target.
+
+        Returns:
+            What becomes of `rows` divided by themselves, (rows,): of equal ones, some may be kept and others not.
+        """
+        self.prepare(rows, budget)
+        priority = np.asarray(self.priority(rows), np.float64)
+        order = np.argsort(-priority, kind="stable")
+        costs = budget.costs(self.names(rows, np.ones(len(rows), bool)))
+        distances = np.abs(np.cumsum(costs[order]) - budget.target)
+        ordered = priority[order]
+        together = np.where(np.append(ordered[1:] != ordered[:-1], True), distances, np.inf)
+        last = int(np.flatnonzero(together == together.min())[-1])
+        self.lowest = float(ordered[last : last + 2].mean()) if last + 1 < len(rows) else -math.inf
+        kept = np.zeros(len(rows), bool)
+        kept[order[: int(np.flatnonzero(distances == distances.min())[-1]) + 1]] = True
+        return self.names(rows, kept)
 
     def __call__(self, rows: pd.DataFrame) -> np.ndarray:
         """What becomes of every row, (rows,) of names in `quadrants`."""
-        return np.where(np.asarray(self.priority(rows), np.float64) >= self.lowest, KEPT, DROPPED)
+        return self.names(rows, np.asarray(self.priority(rows), np.float64) >= self.lowest)
 
 
 Priority = Callable[[pd.DataFrame, Options], Any]

@@ -1,4 +1,4 @@
-"""Sample strategies: the thresholds of the Error-Uncertainty plane of Q-Tuning, and priorities to compare with."""
+"""Sample strategies: Q-Tuning's choice on the Error-Uncertainty plane, and priorities to compare with."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,26 +7,56 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .quadrants import QUADRANTS, Thresholds, find_thresholds
-from .selection import SAMPLE_STRATEGIES, Budget, Options, SampleStrategy, sample_strategy
+from .quadrants import CALIBRATION, CORNERS, MIDDLE, MISCONCEPTION, Thresholds, find_thresholds
+from .selection import SAMPLE_STRATEGIES, TOPPED_UP, Budget, Options, SampleStrategy, sample_strategy
 
 
 @SAMPLE_STRATEGIES.register("eu_plane")
 class EUPlane(SampleStrategy):
-    """Misconceptions and calibration samples of the Error-Uncertainty plane (Q-Tuning)."""
+    """Misconceptions and calibration samples of the Error-Uncertainty plane, topped up (Q-Tuning).
+
+    Algorithm 1 of arXiv 2509.23873: the two kept corners, as wide as the budget allows; while they are too small, rows
+    of the dropped corners are added, whole, those first whose |normalized perplexity - normalized uncertainty| is
+    largest, each normalized to 0 to 1 by the least and the greatest. Where these run out, which the paper leaves open,
+    rows in no corner follow in the same order.
+    """
 
     columns = ("error", "uncertainty")
-    quadrants = QUADRANTS
+    quadrants = (*CORNERS, TOPPED_UP, MIDDLE)
     thresholds: Thresholds
 
-    def fit(self, rows: pd.DataFrame, budget: Budget) -> None:
-        """Find the thresholds."""
+    def prepare(self, rows: pd.DataFrame, budget: Budget) -> None:
+        """Find the thresholds, and what the scores are normalized by."""
         error, uncertainty = rows["error"].to_numpy(), rows["uncertainty"].to_numpy()
-        self.thresholds = find_thresholds(error, uncertainty, budget.target, budget.cost)
+        self.thresholds = find_thresholds(error, uncertainty, lambda found: budget.spent(found) <= budget.target)
+        self.ranges = [(float(values.min()), float(np.ptp(values)) or 1.0) for values in self._scores(rows)]
 
-    def __call__(self, rows: pd.DataFrame) -> np.ndarray:
-        """Quadrant of every row, (rows,)."""
-        return self.thresholds.quadrants(rows["error"].to_numpy(), rows["uncertainty"].to_numpy())
+    def priority(self, rows: pd.DataFrame) -> Any:
+        """Infinite in the kept corners, from 0 to 1 in the dropped ones, from -2 to -1 between them, (rows,)."""
+        perplexity, uncertainty = (
+            (values - least) / extent for values, (least, extent) in zip(self._scores(rows), self.ranges, strict=True)
+        )
+        difference, found = np.abs(perplexity - uncertainty), self._corners(rows)
+        kept = np.isin(found, (MISCONCEPTION, CALIBRATION))
+        return np.where(kept, np.inf, difference - 2 * (found == MIDDLE))
+
+    def names(self, rows: pd.DataFrame, kept: np.ndarray) -> np.ndarray:
+        """Corner of every row, or `topped_up`, or `middle`, (rows,)."""
+        found = self._corners(rows)
+        return np.where(kept & ~np.isin(found, (MISCONCEPTION, CALIBRATION)), TOPPED_UP, found)
+
+    def _corners(self, rows: pd.DataFrame) -> np.ndarray:
+        return self.thresholds.corners(rows["error"].to_numpy(), rows["uncertainty"].to_numpy())
+
+    @staticmethod
+    def _scores(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+        """Perplexity and uncertainty, each (rows,)."""
+        return perplexities(rows["error"]), rows["uncertainty"].to_numpy()
+
+
+def perplexities(errors: Any) -> np.ndarray:
+    """Perplexities of `errors`, nats, in float64; finite, as nothing real is less likely than e^-300."""
+    return np.exp(np.minimum(np.asarray(errors, np.float64), 300.0))
 
 
 def row_hash(input_ids: Sequence[int], seed: int) -> float:
@@ -88,10 +118,9 @@ class InfoBatch(SampleStrategy):
 
     columns = ("input_ids", "error")
 
-    def fit(self, rows: pd.DataFrame, budget: Budget) -> None:
-        """Find the mean error and the lowest priority that is kept."""
+    def prepare(self, rows: pd.DataFrame, budget: Budget) -> None:
+        """Find the mean error."""
         self.mean_error = float(rows["error"].mean())
-        super().fit(rows, budget)
 
     def priority(self, rows: pd.DataFrame) -> Any:
         """1 above the mean error, and a random share of 1 for every row, (rows,)."""

@@ -1,21 +1,26 @@
-"""Stage 2: which tokens of a sample are kept.
+"""Stage 2: which tokens of a sample are kept (Q-Tuning, arXiv 2509.23873).
 
-    s_i = (1 - lambda) PPL_i + lambda (PPL_(i-1) + PPL_(i+1)) / 2,      PPL_i = exp(e_i)
+    s_i = (1 - lambda) PPL_i + lambda (PPL_(i-1) + PPL_(i+1)),      PPL_i = exp(e_i)                  (equation 7)
 
-(Q-Tuning, arXiv 2509.23873; at both ends the missing neighbour is the token itself.) The lowest scores are kept: the
-paper's text says "top", its purpose, "removing locally detrimental or noisy tokens", and the published code say lowest.
+The lowest scores are kept. The text says "top" and the figure that tokens of high perplexity go; table 5 decides, where
+the other end is worse. A token is trimmed only if it is detrimental, its own perplexity and the mean of its neighbours'
+both above a percentile of the row's, the paper's example being the median: so a row may keep more than the share. The
+text of figure 2 says "average" of the neighbours, equation 7 and Algorithm 1 do not divide, and they count. At both
+ends, which the paper leaves open, the missing neighbour is the token itself.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
 from ..registry import Registry
 from .selection import Options
-from .strategies import row_hash
+from .strategies import perplexities, row_hash
 
 Row = Mapping[str, Any]
 Ranking = Callable[[Row, Options], np.ndarray]
@@ -23,7 +28,10 @@ Ranking = Callable[[Row, Options], np.ndarray]
 
 @dataclass(frozen=True)
 class TokenStrategy:
-    """The columns that a ranking reads, and it: from (row, options) to (supervised tokens,), the lowest kept."""
+    """The columns that a ranking reads, and it: from (row, options) to (supervised tokens,).
+
+    The lowest are kept; a token of -inf is never trimmed.
+    """
 
     columns: tuple[str, ...]
     scores: Ranking
@@ -33,7 +41,7 @@ TOKEN_STRATEGIES: Registry[TokenStrategy] = Registry("token_strategy")
 
 
 def token_strategy(name: str, *columns: str) -> Callable[[Ranking], Ranking]:
-    """Decorator: register a function of (row, options) that scores a row's supervised tokens, the lowest kept.
+    """Decorator: register a function of (row, options) that scores a row's supervised tokens, see [`TokenStrategy`].
 
     Of the `columns` that it reads, those that a score provides are computed for it.
     """
@@ -47,8 +55,14 @@ def token_strategy(name: str, *columns: str) -> Callable[[Ranking], Ranking]:
 
 @token_strategy("neighbours", "token_error")
 def neighbours(row: Row, options: Options) -> np.ndarray:
-    """Lowest perplexity of a token and its neighbours (Q-Tuning)."""
-    return neighbour_scores(np.asarray(row["token_error"]), options.neighbour_weight)
+    """Lowest perplexity of a token and its neighbours, those below `trim_above` in any case (Q-Tuning)."""
+    return neighbour_scores(row["token_error"], options.neighbour_weight, options.trim_above)
+
+
+@token_strategy("reversed", "token_error")
+def reverse(row: Row, options: Options) -> np.ndarray:
+    """Highest perplexity of a token and its neighbours, to compare with (table 5 of Q-Tuning)."""
+    return -neighbour_scores(row["token_error"], options.neighbour_weight)
 
 
 @token_strategy("random", "input_ids", "token_error")
@@ -64,33 +78,36 @@ def rho1(row: Row, options: Options) -> np.ndarray:
     return np.asarray(row["token_reference_error"], np.float64) - np.asarray(row["token_error"], np.float64)
 
 
-def neighbour_scores(token_error: np.ndarray, neighbour_weight: float = 0.5) -> np.ndarray:
-    """Neighbour-aware perplexity s (tokens,) from `token_error` (tokens,), nats, and lambda, `neighbour_weight`."""
-    # Far below float64's end, so that sums stay finite; nothing real is less likely than e^-300.
-    perplexity = np.exp(np.minimum(token_error.astype(np.float64), 300.0))
+def neighbour_scores(token_error: Any, neighbour_weight: float, trim_above: float | None = None) -> np.ndarray:
+    """Neighbour-aware perplexity s (tokens,) from `token_error` (tokens,), nats, and lambda, `neighbour_weight`.
+
+    With the quantile `trim_above`, it is -inf where a token, or the mean of its neighbours, does not exceed it.
+    """
+    perplexity = perplexities(token_error)
     if not len(perplexity):
         return perplexity
     padded = np.pad(perplexity, 1, mode="edge")
-    return (1 - neighbour_weight) * perplexity + neighbour_weight * (padded[:-2] + padded[2:]) / 2
+    neighbours = padded[:-2] + padded[2:]
+    scores = (1 - neighbour_weight) * perplexity + neighbour_weight * neighbours
+    if trim_above is None:
+        return scores
+    limit = np.quantile(perplexity, trim_above)
+    return np.where((perplexity > limit) & (neighbours / 2 > limit), scores, -np.inf)
 
 
-def kept_counts(tokens: Any, token_ratio: float) -> np.ndarray:
-    """How many of `tokens` (samples,) supervised tokens stay: the nearest count, at least one."""
-    return np.where(tokens > 0, np.maximum(1, np.floor(tokens * token_ratio + 0.5)), 0)
+def share_of(count: int, ratio: float) -> int:
+    """The share `ratio` of `count` samples or tokens, rounded down as in Algorithm 1, but at least one."""
+    # As the ratio is written: 0.29 of 100 are 29, whatever a float makes of it.
+    return max(1, math.floor(Fraction(str(ratio)) * count))
 
 
-def keep_lowest(scores: np.ndarray, token_ratio: float, protected: np.ndarray) -> np.ndarray:
-    """Mark the tokens with the lowest scores, earlier ones first among equals.
+def keep_lowest(scores: np.ndarray, token_ratio: float) -> np.ndarray:
+    """Mark the share `token_ratio` of the tokens with the lowest scores (tokens,), and those of -inf, (tokens,), bool.
 
-    Args:
-        scores: (tokens,).
-        token_ratio: Share to keep, in (0, 1].
-        protected: (tokens,), bool: kept whatever their score. They count towards the share, and may exceed it.
+    Of equal scores, the earlier are kept.
     """
-    count = int(kept_counts(len(scores), token_ratio))
-    ranked = np.lexsort((np.arange(len(scores)), scores, ~protected))
-    kept = protected.copy()
-    kept[ranked[:count]] = True
+    kept = np.isneginf(scores)
+    kept[np.argsort(scores, kind="stable")[: share_of(len(scores), token_ratio)]] = True
     return kept
 
 

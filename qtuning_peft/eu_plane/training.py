@@ -1,14 +1,17 @@
-"""Pruning every mini-batch while training, as Q-Tuning publishes it: under the model as it is then.
+"""Pruning every mini-batch while training, under the model as it is in that step, as Q-Tuning publishes it.
 
-`EUPruningCallback` goes to `Trainer` or TRL's `SFTTrainer`. It wraps the collator of the training data, and of that
-alone: each batch is scored, divided on its own Error-Uncertainty plane, and handed on with the kept samples, their
-`labels` trimmed. The trainer counts what is left, so that gradient accumulation divides by the tokens that were kept.
+`EUPruningCallback` stands before its trainer's `training_step`. With a side network the pass that trains also scores:
+when the decoder returns, error and uncertainty of every supervised token are computed from its side-tuned output, and
+the labels of what is not kept are taken back before the loss reads them. Nothing runs twice but the head, and what is
+not kept has no part in the head's backward. With LoRA or another method, one more forward pass scores the batch, and
+the step runs on the kept samples alone.
 
-With a side network the base's own scores are used: the base then runs once for each batch, the scores come from that
-pass, and the training step takes its hidden states for the kept samples, the only ones the side network sees.
+A batch's loss is the mean over its kept tokens. Where several batches make a step, under gradient accumulation or in
+several processes, each counts as much as it has supervised tokens before it is pruned: what the later ones keep is not
+known when the first is trained on. That is done with the trainer's own count of tokens, `num_items_in_batch`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +23,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from ..head import causal_model
 from ..loss import IGNORE_INDEX
 from ..sharding import is_sharded
-from ..side_tuning.follow import BaseStates, follower_of, record_states
-from ..states import reuse_of
+from ..side_tuning.follow import follower_of
 from .batching import PLANE, by_sample, run, scores_of_hidden_states
 from .pruner import EUPruner
 from .scores import SCORES, mean
@@ -32,95 +34,147 @@ from .tokenized import RowError, Sample, tokenized
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 
-class PruningCollator:
-    """A collator that prunes what another one returns.
+class EUPruningCallback(TrainerCallback):
+    """Prunes every training batch: `trainer.add_callback(EUPruningCallback(trainer, EUPruner(sample_ratio=0.5)))`.
+
+    For `Trainer` and those derived from it, such as TRL's `SFTTrainer`. Evaluation sees everything. The logs get
+    `kept_samples` and `kept_tokens`, the shares kept since the last entry.
 
     Args:
-        collate: The other collator; returns `input_ids`, `labels` and, if there is padding, `attention_mask`, each
-            (batch, length), and `position_ids` if samples are packed.
-        model: The model that is trained.
-        pruner: What to keep; its thresholds are found in every batch.
-        tokens_per_batch: Tokens in a forward pass that scores, padding included.
-        autocast: Dtype that the trainer computes in beside the model's own, if any.
-
-    Attributes:
-        samples, kept_samples, tokens, kept_tokens: Counts so far; tokens are supervised ones.
+        trainer: The trainer that it is added to.
+        pruner: What to keep of a batch, with a `sample_ratio`. Every batch is divided by itself, so `fit` is not
+            called, and batches should be large: of 8 samples, a quarter is 2.
+        tokens_per_batch: Tokens in a forward pass that does nothing but score, padding included.
     """
 
-    def __init__(
-        self, collate: Callable[[list[Any]], Any], model: nn.Module, pruner: EUPruner, tokens_per_batch: int = 4096,
-        autocast: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
-        self.collate, self.model, self.pruner = collate, model, pruner
-        self.tokens_per_batch, self.autocast = tokens_per_batch, autocast
-        self.samples = self.kept_samples = self.tokens = self.kept_tokens = 0
+    def __init__(self, trainer: Any, pruner: EUPruner, tokens_per_batch: int = 4096) -> None:
+        self.trainer, self.pruner, self.tokens_per_batch = trainer, for_batches(pruner), tokens_per_batch
+        # Kept samples, samples, kept tokens and tokens so far, and at the last log entry; tokens are supervised ones.
+        self.counts, self._logged = np.zeros(4, np.int64), np.zeros(4, np.int64)
+        self._step: Callable[..., Tensor] | None = None
 
-    def __call__(self, examples: list[Any]) -> dict[str, Any]:
-        """Collate `examples` and prune the batch."""
-        batch: dict[str, Any] = dict(self.collate(examples))
-        samples = samples_of(batch)
-        if not samples:
-            return batch
-        device = causal_model(self.model).get_input_embeddings().weight.device
-        with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            scores, states = self._score(batch, samples)
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stand before the trainer's step."""
+        if is_sharded(kwargs["model"]):
+            raise ValueError(
+                "The model is sharded (FSDP, ZeRO-3), and batches are scored by each process for itself; prune the "
+                "data before training, or train with DDP."
+            )
+        if args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {args.label_smoothing_factor}, and the loss of some trainers then reads "
+                "labels before they are pruned; set it to 0."
+            )
+        # An interrupted training leaves it there.
+        if self._step is None:
+            self._step, self.trainer.training_step = self.trainer.training_step, self.training_step
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the trainer its own step back."""
+        self.trainer.training_step, self._step = self._step, None
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Add what was kept to the training log."""
+        logs, since = kwargs.get("logs"), self.counts - self._logged
+        if logs is not None and "loss" in logs and since[1]:
+            self._logged = self.counts.copy()
+            samples, tokens = (round(float(since[i] / since[i + 1]), 4) for i in (0, 2))
+            kept = {"kept_samples": samples, "kept_tokens": tokens}
+            logs.update(kept)
+            # The trainer has copied the entry into its history already.
+            state.log_history[-1].update(kept)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The trainer's step over what is kept of `inputs`."""
+        assert self._step is not None
+        batch = Batch(dict(inputs), num_items_in_batch)
+        if not batch.samples:
+            return self._step(model, inputs, num_items_in_batch)
+        own, names = self.trainer.model, (*PLANE, *self.pruner.scores)
+        base, follower = causal_model(own), follower_of(own)
+        if follower is None or follower.host.active_network() is None:
+            with self.trainer.accelerator.autocast():
+                scores = run(own, batch.samples, self.tokens_per_batch, names)
+            kept = self._prune(batch, scores)
+            return self._step(model, batch.without_dropped(kept), batch.count)
+
+        def score(decoder: nn.Module, args: Any, output: Any) -> None:
+            # Once: whoever runs the decoder again in this step does so for the same labels.
+            handle.remove()
+            with torch.no_grad():
+                found = scores_of_hidden_states(base, output, batch.labels, names)
+            self._prune(batch, by_sample(found, batch.samples))
+
+        seen = self.counts[1]
+        handle = base.get_decoder().register_forward_hook(torch.compiler.disable(score))
+        try:
+            loss = self._step(model, batch.inputs, batch.count)
+        finally:
+            handle.remove()
+        if self.counts[1] == seen:
+            raise RuntimeError("The model's decoder was not called in a step, so the batch was not pruned.")
+        return loss
+
+    def _prune(self, batch: "Batch", scores: dict[str, list[np.ndarray]]) -> list[Sample]:
+        """Take back the labels of what is not kept; returns the samples that are."""
         columns: dict[str, list[Any]] = {name: [mean(values) for values in rows] for name, rows in scores.items()}
-        if not all(np.isfinite(error) for error in columns["error"]):
+        if not np.isfinite(columns["error"]).all():
             raise ValueError("The model's output is not finite for a batch; it cannot be pruned, nor trained on.")
         columns["supervised_tokens"] = [len(values) for values in scores["error"]]
-        columns["input_ids"] = [sample.input_ids for sample in samples]
-
-        labels = torch.full_like(batch["labels"], IGNORE_INDEX)
-        kept: list[Sample] = []
+        columns["input_ids"] = [sample.input_ids for sample in batch.samples]
+        kept: list[tuple[Sample, np.ndarray]] = []
         for index, quadrant in enumerate(self.pruner.quadrants(columns)):
             if quadrant in KEEP:
-                sample = samples[index]
-                supervised = np.flatnonzero(np.array(sample.labels) != IGNORE_INDEX) + sample.start
+                sample = batch.samples[index]
+                labels = np.array(sample.labels)
                 if quadrant in TRIM and self.pruner.token_ratio < 1:
                     row = vars(sample) | {f"token_{name}": rows[index] for name, rows in scores.items()}
-                    supervised = supervised[self.pruner.kept_tokens(row)]
-                labels[sample.row, supervised] = batch["labels"][sample.row, supervised]
-                kept.append(sample)
-        self.samples += len(samples)
-        self.kept_samples += len(kept)
-        self.tokens += sum(columns["supervised_tokens"])
-        self.kept_tokens += int((labels != IGNORE_INDEX).sum())
-        return self._without_dropped(batch | {"labels": labels}, kept, states)
+                    labels[np.flatnonzero(labels != IGNORE_INDEX)[~self.pruner.kept_tokens(row)]] = IGNORE_INDEX
+                kept.append((sample, labels))
+        tokens = sum(columns["supervised_tokens"])
+        kept_tokens = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in kept)
+        self.counts += (len(kept), len(batch.samples), kept_tokens, tokens)
+        batch.keep(kept, kept_tokens / tokens)
+        return [sample for sample, _ in kept]
 
-    def _score(
-        self, batch: dict[str, Any], samples: list[Sample]
-    ) -> tuple[dict[str, list[np.ndarray]], BaseStates | None]:
-        """Scores of every sample's tokens, and the base's states if there is a side network to use them."""
-        names = (*PLANE, *self.pruner.scores)
-        follower = follower_of(self.model)
-        if follower is None or follower.host.active_network() is None:
-            return run(self.model, samples, self.tokens_per_batch, names), None
-        model = causal_model(self.model)
-        device = model.get_input_embeddings().weight.device
-        inputs = {n: batch[n].to(device) for n in ("input_ids", "attention_mask", "position_ids") if n in batch}
-        labels = torch.full_like(batch["labels"], IGNORE_INDEX)
-        for sample in samples:
-            labels[sample.row, sample.start : sample.stop] = torch.tensor(sample.labels)
-        with torch.no_grad():
-            states = record_states(self.model, **inputs)
-            found = scores_of_hidden_states(model, states.output, labels.to(device), names)
-        return by_sample(found, samples), states
 
-    def _without_dropped(self, batch: dict[str, Any], kept: list[Sample], states: BaseStates | None) -> dict[str, Any]:
-        """`batch` without dropped samples: without their rows, or, in a packed row, without their tokens."""
+class Batch:
+    """A collated batch, with labels and a count of tokens of its own, that are changed in place when it is pruned.
+
+    Whoever computes the loss has been handed both before the decoder ran, and reads them when it has.
+
+    Attributes:
+        samples: Its samples that have supervised tokens, without padding.
+        labels: (batch, length), int64, -100 where a token is not supervised, is padding, or nothing predicts it.
+        count: What the trainer divides a sum over tokens by, if it does.
+        inputs: What the model takes.
+    """
+
+    def __init__(self, inputs: dict[str, Any], count: Tensor | int | None) -> None:
+        self.samples = samples_of(inputs)
+        self.labels = torch.empty_like(inputs["labels"])
+        self.count = None if count is None else torch.as_tensor(count, dtype=torch.float32).clone()
+        self.inputs = inputs | {"labels": self.labels}
+        self.keep([(sample, sample.labels) for sample in self.samples], 1.0)
+
+    def keep(self, kept: Sequence[tuple[Sample, Any]], share: float) -> None:
+        """Keep the labels (length,) of some samples, and of the tokens `share` as many as before."""
+        labels = torch.full(self.labels.shape, IGNORE_INDEX)
+        for sample, own in kept:
+            labels[sample.row, sample.start : sample.stop] = torch.as_tensor(own)
+        self.labels.copy_(labels)
+        if self.count is not None:
+            self.count *= share
+
+    def without_dropped(self, kept: list[Sample]) -> dict[str, Any]:
+        """The inputs without dropped samples: without their rows, or, in a packed row, without their tokens."""
         rows = sorted({sample.row for sample in kept})
-        count, length = batch["labels"].shape
-        if len(rows) < count:
-            batch = {
-                name: value[rows] if isinstance(value, Tensor) and value.dim() and value.shape[0] == count else value
-                for name, value in batch.items()
-            }
-        if states is not None:
-            reuse = reuse_of(self.model)
-            assert reuse is not None
-            reuse.serve_next(states.rows(torch.tensor(rows)))
-            return batch
-        used = torch.zeros(length, dtype=torch.bool)
+        count, length = self.labels.shape
+        batch = {
+            name: value[rows] if isinstance(value, Tensor) and value.dim() and value.shape[0] == count else value
+            for name, value in self.inputs.items()
+        }
+        used = torch.zeros(length, dtype=torch.bool, device=self.labels.device)
         for sample in kept:
             used[sample.start : sample.stop] = True
         per_token = {
@@ -130,96 +184,34 @@ class PruningCollator:
             # Samples follow each other as they do in the batch.
             bounds = np.cumsum([0, *(len(sample.labels) for sample in kept)])
             batch |= {name: batch[name][:, used] for name in per_token}
-            batch |= {name: torch.tensor(bounds, dtype=batch[name].dtype) for name in BOUNDARIES if name in batch}
+            batch |= {name: batch[name].new_tensor(bounds) for name in BOUNDARIES if name in batch}
         return batch
 
 
-class EUPruningCallback(TrainerCallback):
-    """Prunes every training batch of `Trainer` or `SFTTrainer`: `Trainer(..., callbacks=[EUPruningCallback(pruner)])`.
-
-    The logs get `kept_samples` and `kept_tokens`, the shares kept since the last entry. Trainers fetch batches ahead of
-    the step, those of a whole step under gradient accumulation: scores are as old as that.
-
-    Args:
-        pruner: What to keep of a batch, with a `sample_ratio`. Thresholds are found in every batch, so `fit` is not
-            called, and batches should be large: of 8 samples, a quarter is 2.
-        tokens_per_batch: Tokens in a forward pass that scores, padding included.
-    """
-
-    def __init__(self, pruner: EUPruner, tokens_per_batch: int = 4096) -> None:
-        if pruner.sample_ratio is None:
-            raise ValueError("sample_ratio is None; budgets of mini-batches are shares of their samples.")
-        for name in ("max_repetition", "keep_dropped"):
-            if getattr(pruner, name):
-                raise ValueError(f"{name} is {getattr(pruner, name)}; it works on data sets, not on mini-batches.")
-        for name in pruner.scores:
-            if not SCORES[name].per_token:
-                raise ValueError(f"{name} needs a pass of its own; score the data set and prune it before training.")
-        self.pruner = replace(pruner, per_batch=True)
-        self.tokens_per_batch = tokens_per_batch
-        self.collator: PruningCollator | None = None
-        self._logged = np.zeros(4, np.int64)
-
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Wrap the collator of the training data."""
-        if is_sharded(kwargs["model"]):
-            raise ValueError(
-                "The model is sharded (FSDP, ZeRO-3), and batches are scored outside of the trainer's pass; prune the "
-                "data before training, or train with DDP."
-            )
-        loader = self._let_go(kwargs)
-        if loader.num_workers:
-            cause = "batches are scored with the model, which lives in this process"
-            raise ValueError(f"dataloader_num_workers is {loader.num_workers}, but {cause}; set it to 0.")
-        autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        self.collator = PruningCollator(
-            loader.collate_fn, kwargs["model"], self.pruner, self.tokens_per_batch, autocast
-        )
-        self._logged = np.zeros(4, np.int64)
-        loader.collate_fn = self.collator
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Add what was kept to the training log."""
-        logs, collator = kwargs.get("logs"), self.collator
-        if logs is None or collator is None or "loss" not in logs:
-            return
-        counts = np.array([collator.kept_samples, collator.samples, collator.kept_tokens, collator.tokens])
-        since, self._logged = counts - self._logged, counts
-        if since[1]:
-            samples, tokens = (round(float(since[i] / since[i + 1]), 4) for i in (0, 2))
-            kept = {"kept_samples": samples, "kept_tokens": tokens}
-            logs.update(kept)
-            # The trainer has copied the entry into its history already.
-            state.log_history[-1].update(kept)
-
-    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give the training data its collator back."""
-        self._let_go(kwargs)
-
-    @staticmethod
-    def _let_go(kwargs: dict[str, Any]) -> Any:
-        """The loader of the training data, with its own collator, and no states of the base that no step has taken.
-
-        An interrupted training leaves both behind.
-        """
-        loader = getattr(kwargs["train_dataloader"], "base_dataloader", kwargs["train_dataloader"])
-        if isinstance(loader.collate_fn, PruningCollator):
-            loader.collate_fn = loader.collate_fn.collate
-        if (reuse := reuse_of(kwargs["model"])) is not None:
-            reuse.waiting = []
-        return loader
+def for_batches(pruner: EUPruner) -> EUPruner:
+    """The same pruner for mini-batches; a `ValueError` when it asks for what they cannot do."""
+    if pruner.sample_ratio is None:
+        raise ValueError("sample_ratio is None; budgets of mini-batches are shares of their samples.")
+    for name in ("max_repetition", "keep_dropped"):
+        if getattr(pruner, name):
+            raise ValueError(f"{name} is {getattr(pruner, name)}; it works on data sets, not on mini-batches.")
+    for name in pruner.scores:
+        if not SCORES[name].per_token:
+            raise ValueError(f"{name} needs a pass of its own; score the data set and prune it before training.")
+    return replace(pruner, per_batch=True)
 
 
-def samples_of(batch: dict[str, Any]) -> list[Sample]:
+def samples_of(inputs: dict[str, Any]) -> list[Sample]:
     """The samples of a batch that have supervised tokens, without padding."""
     for name in ("input_ids", "labels"):
-        if not isinstance(batch.get(name), Tensor):
+        if not isinstance(inputs.get(name), Tensor):
             raise ValueError(f"The collator returns no {name}, which pruning needs; use one that does.")
-    names = [name for name in ("input_ids", "labels", "attention_mask", "position_ids") if name in batch]
+    names = [name for name in ("input_ids", "labels", "attention_mask", "position_ids") if name in inputs]
+    columns = {name: inputs[name].cpu() for name in names}
     samples: list[Sample] = []
-    for row in range(len(batch["labels"])):
+    for row in range(len(columns["labels"])):
         try:
-            samples += tokenized({name: batch[name][row] for name in names}).samples(row)
+            samples += tokenized({name: values[row] for name, values in columns.items()}).samples(row)
         except RowError as error:
             raise ValueError(f"Row {row} of a batch cannot be pruned: {error}.") from error
     return samples

@@ -1,4 +1,4 @@
-"""Reuse of the base's work: the prompt prefix, the hidden-state cache, and states recorded for a coming batch."""
+"""Reuse of the base's work: the prompt prefix, and the hidden-state cache."""
 
 from .memory import HiddenStateCache
 from .prefix import PromptPrefix, common_prefix

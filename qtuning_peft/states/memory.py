@@ -45,7 +45,7 @@ class HiddenStateCache:
         if agreed(known, follower.decoder, input_ids):
             assert self._like is not None
             return self._padded(self._like, [self._rows[key] for key in keys], input_ids)
-        states = BaseStates(self.layers, input_ids)
+        states = BaseStates(self.layers)
         with torch.no_grad():
             states.output = follower.run(states, **inputs)
         assert states.normed is not None
@@ -75,14 +75,12 @@ class HiddenStateCache:
         padded = rows[0].new_zeros(count, *input_ids.shape, width)  # (N + 2, batch, length, d)
         for index, row in enumerate(rows):
             padded[:, index, : row.shape[1]] = row
-        return _with_parts(
-            replace(like, input_ids=input_ids),
-            [part.to(original.device, original.dtype) for part, original in zip(padded, _parts(like), strict=True)],
-        )
+        parts = [part.to(original.device, original.dtype) for part, original in zip(padded, _parts(like), strict=True)]
+        return _with_parts(like, parts)
 
 
 def _of_no_rows(states: BaseStates) -> BaseStates:
-    empty = _with_parts(replace(states, input_ids=states.input_ids[:0]), [part[:0].clone() for part in _parts(states)])
+    empty = _with_parts(states, [part[:0].clone() for part in _parts(states)])
     return replace(empty, output=type(states.output)(last_hidden_state=empty.normed))
 
 
@@ -94,8 +92,5 @@ def _parts(states: BaseStates) -> list[Tensor]:
 
 def _with_parts(states: BaseStates, parts: list[Tensor]) -> BaseStates:
     embeddings, *taps, normed = parts
-    # Side blocks that do not attend read nothing of their block's call.
-    blocks = [
-        (index, tap, call._replace(arguments={})) for (index, _, call), tap in zip(states.blocks, taps, strict=True)
-    ]
+    blocks = [(index, tap) for (index, _), tap in zip(states.blocks, taps, strict=True)]
     return replace(states, embeddings=embeddings, blocks=blocks, normed=normed)

@@ -1,9 +1,9 @@
 """Reuse of the base's work: where a decoder's output comes from when the base need not run, or not over whole rows.
 
-In this order: states recorded for this very batch, the prompt prefix, the hidden-state cache, and else a plain pass;
-`may_serve` says whether a pass may be served at all. The base never changes (QST, ACL 2024, section 3), and a
-position-wise side network reads nothing but the base's states at its position: so what is reused gives the same loss
-and gradient, up to rounding. Where the base's parameters are sharded, all processes reuse, or none (see `sharding`).
+The prompt prefix, the hidden-state cache, or else a plain pass; `may_serve` says whether a pass may be served. The base
+never changes (QST, ACL 2024, section 3), and a position-wise side network reads nothing but the base's states at its
+position: so what is reused gives the same loss and gradient, up to rounding. Where the base's parameters are sharded,
+all processes reuse, or none (see `sharding`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from ..reading import first_column
 from ..sharding import agreed
-from ..side_tuning.follow import BaseStates, Follower, follower_of
+from ..side_tuning.follow import Follower, follower_of
 from .memory import HiddenStateCache
 from .prefix import CACHE_NAMES, PromptPrefix
 
-MAX_WAITING = 2
 # Arguments of a decoder that ask for, or bring, more than the last hidden state.
 MORE = ("output_hidden_states", "output_attentions", "output_router_logits", *CACHE_NAMES)
 # Those that a row's states may depend on.
@@ -26,12 +25,11 @@ ROW_ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "return_dict"}
 
 
 class Reuse:
-    """Serves the passes of one follower (see `Follower.intercept`); `waiting` are states for coming batches."""
+    """Serves the passes of one follower (see `Follower.intercept`)."""
 
     def __init__(self) -> None:
         self.prefix: PromptPrefix | None = None
         self.cache: HiddenStateCache | None = None
-        self.waiting: list[BaseStates] = []
 
     def cache_prefix(self, input_ids: Sequence[int]) -> None:
         """Compute the tokens `input_ids` once for all rows that begin with them; none for an empty list."""
@@ -39,27 +37,15 @@ class Reuse:
         if self.cache is not None:  # of rows behind another prefix
             self.cache = HiddenStateCache(self.cache.budget, self.cache.layers)
 
-    def serve_next(self, states: BaseStates) -> None:
-        """Let the next training pass over the same input take `states` for the base's.
-
-        At most two wait, each for its own input, as trainers fetch one batch ahead of the step: more would cost more
-        memory than the base's pass costs time. One that is taken makes those that waited longer go away.
-        """
-        self.waiting = [*self.waiting, states][-MAX_WAITING:]
-
     def __call__(self, follower: Follower, *args: Any, **kwargs: Any) -> Any:
         """What the decoder returns."""
         inputs = {"input_ids": args[0], **kwargs} if len(args) == 1 else kwargs
-        if len(args) <= 1 and may_serve(follower, inputs, by_row=False):
-            # What is asked next must not depend on this process's batch alone.
+        # In training steps alone: evaluation may read any position, and sees each row once.
+        if follower.host.training and torch.is_grad_enabled() and len(args) <= 1:
+            # Whether one process can do without the base depends on its batch.
             like = next((value for value in inputs.values() if isinstance(value, Tensor)), torch.empty(0))
-            decoder, states = follower.decoder, self._recorded_for(inputs)
-            if agreed(states is not None, decoder, like):
-                assert states is not None
-                return states.replay(follower.host.make_listener())
-            by_row = bool(self.prefix or self.cache) and may_serve(follower, inputs, by_row=True)
-            if agreed(by_row, decoder, like):
-                prefix = self.prefix
+            decoder, prefix = follower.decoder, self.prefix
+            if agreed(bool(prefix or self.cache) and may_serve(follower, inputs), decoder, like):
                 begins = prefix is not None and prefix.begins(follower, inputs, first_column())
                 if not agreed(begins, decoder, like):
                     return self._cached(follower, inputs)
@@ -67,13 +53,6 @@ class Reuse:
                 rest, hidden_states = prefix.left_out(follower, inputs)
                 return prefix.put_back(hidden_states, self._cached(follower, rest))
         return follower.run(follower.host.make_listener(), *args, **kwargs)
-
-    def _recorded_for(self, inputs: Mapping[str, Any]) -> BaseStates | None:
-        for index, states in enumerate(self.waiting):
-            if _same_inputs(states, inputs):
-                del self.waiting[: index + 1]
-                return states
-        return None
 
     def _cached(self, follower: Follower, inputs: dict[str, Any]) -> Any:
         listener = follower.host.make_listener()
@@ -84,26 +63,22 @@ class Reuse:
         return follower.run(listener, **inputs)
 
 
-def may_serve(follower: Follower, inputs: Mapping[str, Any], by_row: bool) -> bool:
-    """Whether what the base computed earlier may answer a pass.
+def may_serve(follower: Follower, inputs: Mapping[str, Any]) -> bool:
+    """Whether what the base computed earlier, for other batches, may answer a pass of a training step.
 
-    In training steps alone: evaluation may read any position, and sees each row once. The pass must ask for the last
-    hidden state and nothing more. From other batches, row by row, it may be answered only where a position's states
-    depend on nothing but the tokens up to it: rows padded at the right and not packed, positions counted from 0, a
-    causal base whose positions do not depend on the length, and side blocks that do not attend.
+    The pass must ask for the last hidden state and nothing more, and a position's states must depend on nothing but the
+    tokens up to it: rows padded at the right and not packed, positions counted from 0, a causal base whose positions do
+    not depend on the length, and side blocks that do not attend.
     """
-    training = follower.host.training and (torch.is_grad_enabled() or not by_row)
-    network = follower.host.active_network() if training else None
-    if network is None or any(inputs.get(name) for name in MORE):
+    network = follower.host.active_network()
+    if network is None or network.attends or any(inputs.get(name) for name in MORE):
         return False
-    if not by_row:
-        return True
     given = {
         name for name, value in inputs.items()
         if value is not None and value is not False and not (isinstance(value, Tensor) and not value.dim())
     }  # fmt: skip
     input_ids, mask, positions = (inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
-    if network.attends or not given <= ROW_ARGUMENTS or not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+    if not given <= ROW_ARGUMENTS or not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
         return False
     if depends_on_length(getattr(follower.decoder, "config", None)):
         return False
@@ -146,19 +121,3 @@ def cache_states(model: nn.Module, budget: int) -> None:
     if follower is not None and reuse is not None:
         network = follower.host.active_network()
         reuse.cache = HiddenStateCache(budget, network.layers) if budget and network is not None else None
-
-
-def _same_inputs(states: BaseStates, inputs: Mapping[str, Any]) -> bool:
-    positions = states.inputs.get("position_ids")
-    return (
-        _same(states.input_ids, inputs.get("input_ids"))
-        and _same(states.inputs.get("attention_mask"), inputs.get("attention_mask"))
-        # Some models count positions themselves before they call their decoder.
-        and (positions is None or _same(positions, inputs.get("position_ids")))
-    )
-
-
-def _same(first: Any, second: Any) -> bool:
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return torch.equal(first, second.to(first.device))
-    return first is second

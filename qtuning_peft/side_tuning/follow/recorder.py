@@ -1,19 +1,18 @@
 """The listener that records what the frozen base computes for a batch: the side network can learn from it again.
 
-The base never changes (QST, ACL 2024), so neither do its hidden states. Computed once for some other purpose, such as
-scoring a batch on the Error-Uncertainty plane, they serve the training step too, for all rows or for the chosen ones.
-Replaying them is calling a listener without a base.
+The base never changes (QST, ACL 2024), so neither do its hidden states. Computed once, in the first epoch or to fit a
+projection, they can be used again. Replaying them is calling a listener without a base; a side network that attends
+reads more of the base than what is recorded.
 """
 
 from collections.abc import Collection
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..network.attention import READ_ARGUMENTS
 from .follower import BlockCall, Listener, follower_of
 
 
@@ -23,19 +22,15 @@ class BaseStates:
 
     Attributes:
         layers: Indices of the blocks that are recorded.
-        input_ids: (batch, length), int64.
-        inputs: What else the decoder was given, such as `attention_mask` (batch, length).
         embeddings: Input of the first block, (batch, length, d).
-        blocks: Of every recorded block its index, its output (batch, length, d), and of its call what side blocks read.
+        blocks: Of every recorded block its index and its output (batch, length, d).
         normed: Output of the final norm, (batch, length, d).
         output: What the decoder returned.
     """
 
     layers: Collection[int]
-    input_ids: Tensor
-    inputs: dict[str, Any] = field(default_factory=dict)
     embeddings: Tensor | None = None
-    blocks: list[tuple[int, Tensor, BlockCall]] = field(default_factory=list)
+    blocks: list[tuple[int, Tensor]] = field(default_factory=list)
     normed: Tensor | None = None
     output: Any = None
 
@@ -44,63 +39,29 @@ class BaseStates:
         self.embeddings = embeddings
 
     def block(self, index: int, hidden_states: Tensor, call: BlockCall) -> None:
-        """Record a block's output, and of its arguments what a side block beside it reads."""
-        read = {name: call.arguments[name] for name in READ_ARGUMENTS if call.arguments.get(name) is not None}
-        self.blocks.append((index, hidden_states, BlockCall(call.block, read)))
+        """Record a block's output."""
+        self.blocks.append((index, hidden_states))
 
     def end(self, normed: Tensor) -> Tensor:
         """Record the final norm's output."""
         self.normed = normed
         return normed
 
-    def replay(self, listener: Listener | None) -> Any:
+    def replay(self, listener: Listener) -> Any:
         """Notify `listener` of all of it again; returns what the decoder would then return."""
         assert self.embeddings is not None
         assert self.normed is not None
-        if listener is None:
-            return self._output_with(self.normed)
         listener.begin(self.embeddings, BlockCall())
-        for recorded in self.blocks:
-            listener.block(*recorded)
-        return self._output_with(listener.end(self.normed))
-
-    def rows(self, chosen: Tensor) -> "BaseStates":
-        """The states of the rows `chosen` (rows,), int64, alone."""
-        batch = self.input_ids.shape[0]
-        # Blocks share one mask and one pair of rotary tensors, and side blocks rely on that: each is indexed once.
-        indexed: dict[int, Any] = {}
-
-        def of(value: Any) -> Any:
-            if id(value) not in indexed:
-                if isinstance(value, tuple):
-                    indexed[id(value)] = tuple(of(part) for part in value)
-                elif isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == batch > 1:
-                    indexed[id(value)] = value[chosen.to(value.device)]
-                else:
-                    indexed[id(value)] = value
-            return indexed[id(value)]
-
-        def each(values: dict[str, Any]) -> dict[str, Any]:
-            return {name: of(value) for name, value in values.items()}
-
-        result = replace(
-            self, input_ids=of(self.input_ids), inputs=each(self.inputs), embeddings=of(self.embeddings),
-            blocks=[(index, of(h), BlockCall(call.block, each(call.arguments))) for index, h, call in self.blocks],
-            normed=of(self.normed),
-        )  # fmt: skip
-        if result.normed is not None:
-            result.output = result._output_with(result.normed)
-        return result
+        for index, hidden_states in self.blocks:
+            listener.block(index, hidden_states, BlockCall())
+        output = copy(self.output)
+        output["last_hidden_state"] = listener.end(self.normed)
+        return output
 
     def taps(self) -> list[Tensor]:
         """The embeddings and the recorded blocks' outputs, each (batch, length, d)."""
         assert self.embeddings is not None
-        return [self.embeddings, *(hidden_states for _, hidden_states, _ in self.blocks)]
-
-    def _output_with(self, hidden_states: Tensor) -> Any:
-        output = copy(self.output)
-        output["last_hidden_state"] = hidden_states
-        return output
+        return [self.embeddings, *(hidden_states for _, hidden_states in self.blocks)]
 
 
 @torch.no_grad()
@@ -113,7 +74,7 @@ def record_states(model: nn.Module, input_ids: Tensor, **inputs: Any) -> BaseSta
     network = None if follower is None else follower.host.active_network()
     if follower is None or network is None:
         raise ValueError(f"{type(model).__name__} has no active side network, so no states are read.")
-    states = BaseStates(network.layers, input_ids, inputs)
+    states = BaseStates(network.layers)
     with follower.recording(states):
         states.output = follower.decoder(input_ids=input_ids, use_cache=False, **inputs)
     return states
