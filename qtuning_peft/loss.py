@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .head import causal_model, head_of, positions_at_once
-from .reading import IGNORE_INDEX, reading_from, unsupervised_columns
+from .reading import IGNORE_INDEX, reading_labels
 from .sharding import most
 
 __all__ = ["IGNORE_INDEX", "chunked_cross_entropy", "summed_cross_entropy", "supervised_positions"]
@@ -40,7 +40,7 @@ def chunked_cross_entropy(
         The loss, a float32 scalar; zero for a batch without supervised tokens.
     """
     base = causal_model(model)
-    with reading_from(lambda: unsupervised_columns(labels)):
+    with reading_labels(labels):
         output = base.get_decoder()(input_ids=input_ids, use_cache=False, **inputs)
     hidden_states, targets = supervised_positions(output.last_hidden_state, labels)
     frozen = not any(parameter.requires_grad for parameter in base.get_output_embeddings().parameters())

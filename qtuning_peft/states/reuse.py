@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..reading import first_column
+from ..reading import behind, first_column
 from ..sharding import agreed
 from ..side_tuning.follow import Follower, follower_of
 from .memory import HiddenStateCache
@@ -51,15 +51,16 @@ class Reuse:
                     return self._cached(follower, inputs)
                 assert prefix is not None
                 rest, hidden_states = prefix.left_out(follower, inputs)
-                return prefix.put_back(hidden_states, self._cached(follower, rest))
+                with behind(hidden_states.shape[1]):
+                    return prefix.put_back(hidden_states, self._cached(follower, rest))
         return follower.run(follower.host.make_listener(), *args, **kwargs)
 
     def _cached(self, follower: Follower, inputs: dict[str, Any]) -> Any:
         listener = follower.host.make_listener()
         if self.cache is not None and listener is not None and self.cache.layers == listener.layers:
-            states = self.cache.states(follower, inputs)
-            if states is not None:
-                return states.replay(listener)
+            output = self.cache.serve(follower, inputs, listener)
+            if output is not None:
+                return output
         return follower.run(listener, **inputs)
 
 

@@ -3,10 +3,11 @@
 from .decoder import Decoder, find_decoder
 from .fit import fit_projections
 from .follower import BlockCall, Follower, Listener, follower_of
+from .positions import AtPositions, at_read_positions
 from .recorder import BaseStates, record_states
 from .run import SideRun
 
 __all__ = [
-    "BaseStates", "BlockCall", "Decoder", "Follower", "Listener", "SideRun",
-    "find_decoder", "fit_projections", "follower_of", "record_states",
+    "AtPositions", "BaseStates", "BlockCall", "Decoder", "Follower", "Listener", "SideRun",
+    "at_read_positions", "find_decoder", "fit_projections", "follower_of", "record_states",
 ]  # fmt: skip

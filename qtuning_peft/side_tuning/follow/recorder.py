@@ -7,7 +7,7 @@ reads more of the base than what is recorded.
 
 from collections.abc import Collection
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,17 @@ class BaseStates:
         output = copy(self.output)
         output["last_hidden_state"] = listener.end(self.normed)
         return output
+
+    def parts(self) -> list[Tensor]:
+        """Embeddings, taps and the final norm's output, each (batch, length, d)."""
+        assert self.normed is not None
+        return [*self.taps(), self.normed]
+
+    def with_parts(self, parts: Tensor) -> "BaseStates":
+        """The same with other `parts` (N + 2, batch, length, d), each on its device and in its dtype."""
+        embeddings, *taps, normed = (part.to(own) for part, own in zip(parts, self.parts(), strict=True))
+        blocks = [(index, tap) for (index, _), tap in zip(self.blocks, taps, strict=True)]
+        return replace(self, embeddings=embeddings, blocks=blocks, normed=normed)
 
     def taps(self) -> list[Tensor]:
         """The embeddings and the recorded blocks' outputs, each (batch, length, d)."""

@@ -11,7 +11,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..follow import Decoder, Follower, SideRun
+from ...reading import read_positions
+from ..follow import Decoder, Follower, Listener, SideRun, at_read_positions
 from ..network import BaseShape, SideNetwork
 from .config import SideTuningConfig
 from .files import check_tensors
@@ -86,10 +87,13 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         assert network is None or isinstance(network, SideNetwork)
         return network
 
-    def make_listener(self) -> SideRun | None:
-        """The active side network, to listen to the next pass of the base."""
+    def make_listener(self) -> Listener | None:
+        """The active side network, to listen to the next pass of the base: where it is read, if it does not attend."""
         network = self.active_network()
-        return None if network is None else SideRun(network, self._active_names()[0])
+        if network is None:
+            return None
+        run = SideRun(network, self._active_names()[0])
+        return run if network.attends else at_read_positions(run, read_positions())
 
     def _active_names(self) -> list[str]:
         return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.qst_side_network]

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...head import is_causal
 from ...loss import chunked_cross_entropy
-from ...reading import reading_from, unsupervised_columns
+from ...reading import reading_from, reading_labels
 from ..follow import Decoder, find_decoder
 from ..network import SideNetwork
 from .config import SideTuningConfig
@@ -100,7 +100,7 @@ class SideTuningModel(BaseTuner):
         if not self.training:
             return nullcontext()
         if is_causal(self.model):
-            return reading_from(lambda: unsupervised_columns(given.get("labels")))
+            return reading_labels(given.get("labels"))
         # transformers' classifiers read the last token of a row.
         of_rows = type(self.model).__name__.endswith("ForSequenceClassification") and "input_ids" in given
         return reading_from(lambda: given["input_ids"].shape[-1] if of_rows else 0)
