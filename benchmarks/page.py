@@ -104,13 +104,18 @@ def summary_table(images: Path) -> str:
 
 def saved_table(images: Path) -> str:
     """Bytes saved for backward, a line for each method."""
+
+    def shape(row: Row) -> str:
+        supervised = row.get("supervised", 1.0)
+        return row["base"] if supervised == 1 else f"{row['base']}, {supervised:.0%} supervised"
+
     command = "python -m benchmarks.saved_for_backward"
-    found = newest(rows.read("saved_for_backward"), lambda row: (row["base"], row["method"]))
+    found = newest(rows.read("saved_for_backward"), lambda row: (shape(row), row["method"]))
     if not found:
         return not_measured(command)
-    bases = list(dict.fromkeys(row["base"] for row in found))
+    bases = list(dict.fromkeys(shape(row) for row in found))
     names = [name for name in METHODS if any(row["method"] == name for row in found)]
-    count = {(row["base"], row["method"]): f"{row['bytes_per_token'] / 1000:.1f}" for row in found}
+    count = {(shape(row), row["method"]): f"{row['bytes_per_token'] / 1000:.1f}" for row in found}
     table = markdown(["method", *bases], [[name, *(count.get((base, name), "-") for base in bases)] for name in names])
     return f"Thousand bytes per token:\n\n{table}\n\n{source(found, command)}"
 

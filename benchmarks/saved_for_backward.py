@@ -4,8 +4,9 @@
 
 The model has shapes and no numbers (PyTorch's FakeTensorMode; a CPU's operators, bfloat16). One forward pass with the
 loss runs; every storage that autograd then keeps counts once, weights and buffers not at all. The slope between two
-lengths is the bytes per token. Everything is supervised. Four-bit weights change nothing in what is saved, so LoRA
-stands for QLoRA. Rows go to `results/saved_for_backward.jsonl`.
+lengths is the bytes per token. All are supervised, or with `--supervised 0.25` an answer behind a prompt three times as
+long. Four-bit weights change nothing in what is saved, so LoRA stands for QLoRA. Rows go to
+`results/saved_for_backward.jsonl`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 from transformers import masking_utils
 
-from benchmarks import bases, methods, rows
+from benchmarks import bases, methods, rows, step
 from qtuning_peft.loss import chunked_cross_entropy
 from qtuning_peft.side_tuning.network.quantize import Quantized
 
@@ -84,13 +85,23 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-class AllTrue(TorchDispatchMode):
-    """Without numbers no mask is known: here masks are true everywhere. No padding, all supervised."""
+class Masks(TorchDispatchMode):
+    """Without numbers no mask is known: here masks are true everywhere (no padding), those of labels in a share."""
+
+    def __init__(self, supervised: float) -> None:
+        super().__init__()
+        self.supervised = supervised
+
+    def places(self, mask: Tensor) -> int:
+        """How often a mask of labels is true."""
+        return round(mask.numel() * self.supervised)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten.index.Tensor and _is_mask(args[1][0]):
             values, (mask,) = args
-            return values.new_empty((mask.numel(), *values.shape[mask.dim() :]))
+            return values.new_empty((self.places(mask), *values.shape[mask.dim() :]))
+        if function is torch.ops.aten.nonzero.default:
+            return args[0].new_empty((self.places(args[0]), args[0].dim()), dtype=torch.int64)
         if function is torch.ops.aten._local_scalar_dense.default and _is_mask(args[0]):
             return True
         return function(*args, **(kwargs or {}))
@@ -101,10 +112,10 @@ def _is_mask(index: Tensor | None) -> bool:
 
 
 @contextmanager
-def pretending(mode: FakeTensorMode) -> Iterator[None]:
+def pretending(mode: FakeTensorMode, supervised: float = 1.0) -> Iterator[None]:
     """Run a model without numbers as if it had some."""
     # For a compiler, transformers makes the causal mask that a plain run leaves to the attention kernel.
-    with mode, AllTrue(), patch.object(masking_utils, "is_tracing", lambda *_: False):
+    with mode, Masks(supervised), patch.object(masking_utils, "is_tracing", lambda *_: False):
         yield
 
 
@@ -127,7 +138,7 @@ def without_numbers(model: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def saved_bytes(model: nn.Module, input_ids: Tensor) -> int:
-    """Bytes that one forward pass with the loss saves for backward, all tokens supervised."""
+    """Bytes that one forward pass with the loss saves for backward."""
     counter = Counter(model)
     with counter.watching():
         # In a name: nothing stays saved for a loss that is gone.
@@ -137,23 +148,26 @@ def saved_bytes(model: nn.Module, input_ids: Tensor) -> int:
     return count
 
 
-def count(base: str, name: str, lengths: tuple[int, ...]) -> list[int]:
+def count(base: str, name: str, lengths: tuple[int, ...], supervised: float = 1.0) -> list[int]:
     """Bytes saved at each length, batch 1."""
     method = methods.find(name)
     with torch.device("meta"):
         model = methods.apply(method, bases.skeleton(base, torch.bfloat16))
     mode = FakeTensorMode()
     without_numbers(model, mode)
-    with pretending(mode):
+    with pretending(mode, supervised):
         return [saved_bytes(model, torch.zeros(1, length, dtype=torch.int64)) for length in lengths]
 
 
-def row_of(base: str, name: str, lengths: tuple[int, ...], counts: list[int]) -> dict[str, Any]:
+def row_of(
+    base: str, name: str, lengths: tuple[int, ...], counts: list[int], supervised: float = 1.0
+) -> dict[str, Any]:
     """One result row."""
     config: Any = bases.shape(base)
     slope = (counts[-1] - counts[0]) / (lengths[-1] - lengths[0])
     return {
         "base": base, "method": name, "options": methods.find(name).options(), "dtype": "bfloat16",
+        "supervised": supervised,
         "hidden_size": config.hidden_size, "layers": config.num_hidden_layers, "vocabulary": config.vocab_size,
         "lengths": list(lengths), "saved_bytes": counts, "bytes_per_token": slope,
         "bytes_at_no_length": counts[0] - slope * lengths[0],
@@ -166,12 +180,14 @@ def main(progress: Callable[..., Any] = tqdm) -> None:
     parser.add_argument("--base", nargs="+", choices=bases.SHAPES, default=BASES, metavar="BASE", help="shapes")
     parser.add_argument("--method", nargs="+", choices=methods.METHODS, default=METHODS, metavar="METHOD")
     parser.add_argument("--lengths", nargs=2, type=int, default=LENGTHS, metavar="TOKENS", help="two lengths")
+    parser.add_argument("--supervised", type=step.share, default=1.0, help="share of tokens with a loss (1)")
     arguments = parser.parse_args()
     short, long = arguments.lengths
     if not 1 < short < long:
         parser.error(f"lengths are {short} and {long}; give two lengths of at least 2, the shorter first.")
     for base, name in progress([(base, name) for base in arguments.base for name in arguments.method]):
-        row = row_of(base, name, (short, long), count(base, name, (short, long))) | rows.provenance()
+        supervised, lengths = arguments.supervised, (short, long)
+        row = row_of(base, name, lengths, count(base, name, lengths, supervised), supervised) | rows.provenance()
         rows.append("saved_for_backward", row)
         print(json.dumps(row))
 

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from .follower import BlockCall, Listener
 
+# Of all positions: picking out more costs more than computing the rest.
+MOST = 0.9
+
 
 class AtPositions:
     """Hands a listener, of every (batch, length, d), (1, tokens, d): those of `read` (batch, length), bool.
@@ -57,9 +60,9 @@ class AtPositions:
 
 
 def at_read_positions(listener: Listener, read: Tensor | None) -> Listener:
-    """`listener` for the positions `read` (batch, length), bool; itself for all, none, and where nothing is known."""
+    """`listener` for the positions `read` (batch, length), bool; itself for most, none, and where nothing is known."""
     # How many there are is data, which a graph of torch.compile cannot hold.
     if read is None or torch.compiler.is_compiling():
         return listener
     found = AtPositions(listener, read)
-    return found if 0 < len(found.rows) < read.numel() else listener
+    return found if 0 < len(found.rows) < MOST * read.numel() else listener
