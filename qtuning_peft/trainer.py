@@ -54,8 +54,8 @@ class HiddenStateCacheCallback(TrainerCallback):
     rows padded at the left, and side blocks that attend (`side_attention`) are computed in every epoch.
 
     Args:
-        gibibytes: Of memory at most. A row of n tokens takes n (N + 2) d numbers of 16 bits, N taps of width d: 0.1 MB
-            a token for the default beside Llama-3-8B.
+        gibibytes: Of memory at most. A row of n supervised tokens takes n (N + 2) d numbers of 16 bits, N taps of width
+            d: 0.1 MB a token for the default beside Llama-3-8B.
     """
 
     def __init__(self, gibibytes: float) -> None:

@@ -54,16 +54,6 @@ def picture() -> dict[str, Tensor]:
     return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16), "labels": ids.masked_fill(ids == 99, -100)}
 
 
-@pytest.mark.parametrize("names", [["default"], ["no such adapter", "default"], []])
-def test_an_adapter_for_each_row(names: list[str]) -> None:
-    model = side_tuned().eval()
-    for call in (model, model.generate):
-        with pytest.raises(
-            ValueError, match=r"adapter_names is .*; call set_adapter\(\) and run one adapter at a time"
-        ):
-            call(input_ids=token_ids(), adapter_names=names)
-
-
 def test_a_gradient_of_the_input_embeddings() -> None:
     model = side_tuned().train()
     embeddings = torch.randn(2, 5, 64, requires_grad=True)

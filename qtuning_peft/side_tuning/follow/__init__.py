@@ -3,11 +3,12 @@
 from .decoder import Decoder, find_decoder
 from .fit import fit_projections
 from .follower import BlockCall, Follower, Listener, follower_of
+from .mixed import BASE, MixedRows
 from .positions import AtPositions, at_read_positions
 from .recorder import BaseStates, record_states
 from .run import SideRun
 
 __all__ = [
-    "AtPositions", "BaseStates", "BlockCall", "Decoder", "Follower", "Listener", "SideRun",
+    "BASE", "AtPositions", "BaseStates", "BlockCall", "Decoder", "Follower", "Listener", "MixedRows", "SideRun",
     "at_read_positions", "find_decoder", "fit_projections", "follower_of", "record_states",
 ]  # fmt: skip

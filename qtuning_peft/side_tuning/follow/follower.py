@@ -9,7 +9,7 @@ even an `always_call` one, when a pass ends in KeyboardInterrupt, and autograd w
 
 import inspect
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -71,6 +71,8 @@ class Current:
         self.began = self.ended = False
         # Instead of the host's listener.
         self.recorder: Listener | None = None
+        # Of the rows of a mixed batch.
+        self.adapter_names: Sequence[str] | None = None
 
 
 class Threads(threading.local):
@@ -162,6 +164,15 @@ class Follower:
             yield
         finally:
             self.current.recorder = None
+
+    @contextmanager
+    def mixing(self, adapter_names: Sequence[str]) -> Iterator[None]:
+        """In this thread's passes of this context each row has the side network of this name."""
+        self.current.adapter_names = adapter_names
+        try:
+            yield
+        finally:
+            self.current.adapter_names = None
 
     def _before_first_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         current = self.current

@@ -30,15 +30,15 @@ class AtPositions:
 
     def begin(self, embeddings: Tensor, call: BlockCall) -> None:
         """Hand on the embeddings."""
-        self.listener.begin(self._at(embeddings), call)
+        self.listener.begin(self.at(embeddings), call)
 
     def block(self, index: int, hidden_states: Tensor, call: BlockCall) -> None:
         """Hand on a block's output."""
-        self.listener.block(index, self._at(hidden_states), call)
+        self.listener.block(index, self.at(hidden_states), call)
 
     def end(self, normed: Tensor) -> Tensor:
         """The final norm's output, (batch, length, d), with the listener's result in its places."""
-        return self.put(normed, self.listener.end(self._at(normed)))
+        return self.put(normed, self.listener.end(self.at(normed)))
 
     def put(self, whole: Tensor, states: Tensor) -> Tensor:
         """`whole` (batch, length, d) with `states` (1, tokens, d) in their places."""
@@ -48,7 +48,8 @@ class AtPositions:
             result.register_hook(self._refuse_reading)
         return result
 
-    def _at(self, states: Tensor) -> Tensor:
+    def at(self, states: Tensor) -> Tensor:
+        """Of (batch, length, d) those that are read, (1, tokens, d)."""
         return states[self.rows.to(states.device), self.columns.to(states.device)].unsqueeze(0)
 
     def _refuse_reading(self, gradient: Tensor) -> None:

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ...reading import read_positions
-from ..follow import Decoder, Follower, Listener, SideRun, at_read_positions
+from ..follow import BASE, Decoder, Follower, Listener, MixedRows, SideRun, at_read_positions
 from ..network import BaseShape, SideNetwork
 from .config import SideTuningConfig
 from .files import check_tensors
@@ -83,12 +83,18 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         names = self._active_names()
         if len(names) > 1:
             raise ValueError(f"Adapters {', '.join(names)} are active together; side networks run one at a time.")
-        network = self.qst_side_network[names[0]] if names else None
-        assert network is None or isinstance(network, SideNetwork)
+        return self._network(names[0]) if names else None
+
+    def _network(self, name: str) -> SideNetwork:
+        network = self.qst_side_network[name]
+        assert isinstance(network, SideNetwork)
         return network
 
     def make_listener(self) -> Listener | None:
         """The active side network, to listen to the next pass of the base: where it is read, if it does not attend."""
+        names = None if self.follower is None else self.follower.current.adapter_names
+        if names is not None and not self.disable_adapters:
+            return MixedRows(names, {name: SideRun(self._network(name), name) for name in {*names} - {BASE}})
         network = self.active_network()
         if network is None:
             return None

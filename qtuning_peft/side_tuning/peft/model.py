@@ -7,7 +7,7 @@ deleting and unloading adapters is PEFT's own machinery on that layer.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from typing import Any
@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...head import is_causal
 from ...loss import chunked_cross_entropy
 from ...reading import reading_from, reading_labels
-from ..follow import Decoder, find_decoder
+from ..follow import Decoder, find_decoder, follower_of
 from ..network import SideNetwork
 from .config import SideTuningConfig
 from .dry_run import dry_run
@@ -33,6 +34,7 @@ from .refusals import (
     modules_outside,
     refuse_another_size,
     refuse_attention,
+    refuse_mixed_batch,
     refuse_other_adapters,
     refuse_target_modules,
     refuse_untrainable_modules,
@@ -82,10 +84,26 @@ class SideTuningModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if (names := kwargs.get("adapter_names")) is not None:
-            raise ValueError(f"adapter_names is {names}; call set_adapter() and run one adapter at a time.")
         _warn_of_input_gradient(kwargs)
-        yield
+        names, follower = kwargs.get("adapter_names"), follower_of(self.model)
+        if names is None or follower is None:
+            yield
+            return
+        refuse_mixed_batch(names, self.peft_config, self.training)
+        names = _of_sequences(names, kwargs)
+
+        def with_names(head: nn.Module, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, given | {"adapter_names": names}
+
+        # Heads that were trained beside a side network: PEFT's own.
+        heads = [module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        handles = [head.register_forward_pre_hook(with_names, with_kwargs=True) for head in heads]
+        try:
+            with follower.mixing(names):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         if not autocast_adapter_dtype:
@@ -204,6 +222,14 @@ class SideTuningModel(BaseTuner):
             raise
         config.origin = None
         return remapped
+
+
+def _of_sequences(names: Sequence[str], kwargs: dict[str, Any]) -> list[str]:
+    """A name for each sequence that `generate` makes of the rows, as it repeats them for beams and samples."""
+    settings = kwargs.get("generation_config")
+    asked = (kwargs, {} if settings is None else vars(settings))
+    counts = [given.get(name) or 1 for given in asked for name in ("num_beams", "num_return_sequences")]
+    return [name for name in names for _ in range(max(counts))]
 
 
 def _warn_of_input_gradient(given: dict[str, Any]) -> None:

@@ -1,13 +1,14 @@
 """What cannot work or has no effect beside a base: refused, or warned of, before anything is attached."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from ..follow import Decoder
+from ..follow import BASE, Decoder
 from ..network.attention import blocks_without_attention
 from .config import SideTuningConfig
 
@@ -108,6 +109,24 @@ def refuse_untrainable_modules(config: SideTuningConfig, model: nn.Module, decod
         raise ValueError(
             f"task_type is SEQ_CLS, but modules_to_save names no head of the base; name it, one of {', '.join(heads)}."
         )
+
+
+def refuse_mixed_batch(names: Any, configs: Mapping[str, Any], training: bool) -> None:
+    """Check that `names`, an adapter's for each row of a batch, are of adapters that can share a pass."""
+    if training:
+        raise ValueError("adapter_names is given, but the model is in training mode; call eval(), or set_adapter().")
+    if not isinstance(names, list | tuple) or not names:
+        raise ValueError(f"adapter_names is {names!r}; give a list with an adapter's name, or {BASE}, for each row.")
+    if unknown := {*names} - {*configs, BASE}:
+        raise ValueError(
+            f"adapter_names has {', '.join(map(str, unknown))}; choose from {', '.join([*configs, BASE])}."
+        )
+    for name in names:
+        if name != BASE and configs[name].side_attention:
+            raise ValueError(
+                f"adapter_names has {name}, whose side blocks attend (side_attention) and need a cache of their own; "
+                "run it by itself with set_adapter()."
+            )
 
 
 def warn_of_another_base(config: SideTuningConfig, base: Any, vocabulary: str | None) -> None:
