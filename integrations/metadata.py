@@ -6,6 +6,7 @@ A recipe may hold folders or tokens: the card shows only settings of an allow-li
 import os
 import re
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -18,8 +19,10 @@ from huggingface_hub import EvalResult
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from qtuning_peft.hub.metadata import TrainingMetadata, is_hub_name, machine, peak_memory
+from qtuning_peft.head import is_causal
+from qtuning_peft.hub.metadata import TrainingMetadata, is_hub_name, machine, peak_memory, slowdown
 from qtuning_peft.reading import IGNORE_INDEX
+from qtuning_peft.sharding import is_sharded
 from qtuning_peft.side_tuning import SideTuningConfig
 
 from .blocks import EUPruningBlock, QSTTrainingBlock
@@ -105,6 +108,23 @@ class TrainingMetadataCallback(TrainerCallback):
             peak_memory=peak_memory(), machine=machine(),
             versions=", ".join(f"{name} {version(name)}" for name in ("qtuning-peft", "peft", "transformers", "torch")),
         )  # fmt: skip
+
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Measure what the side network costs in generation, in one process, beside a base that is there whole."""
+        data = getattr(train_dataloader, "dataset", None)
+        row: list[int] = []
+        if isinstance(data, Dataset) and "input_ids" in data.column_names:
+            row = max(data.with_format(None)[:16]["input_ids"], key=len, default=[])
+        whole = is_causal(self.model.get_base_model()) and not is_sharded(model or self.model)
+        if len(row) < 4 or not whole or not state.is_world_process_zero:
+            return
+        try:
+            self.known = replace(self.known, slowdown=slowdown(self.model, row))
+        except Exception as error:  # a figure on a card is not worth the training
+            warnings.warn(f"The slow-down of generation is not measured: {error!r:.200}.", stacklevel=2)
+        self.on_log(args, state, control)
 
     def _result(self, entry: Mapping[str, Any], steps: int) -> EvalResult:
         (name, split), step = self.evaluated_on, entry["step"]

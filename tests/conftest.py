@@ -124,10 +124,10 @@ def side_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 @pytest.fixture(autouse=True)
 def _one_environment() -> Iterator[None]:
-    """datasets leaves a copy in the place of `os.environ` after a map with processes; other libraries keep the first."""
+    """Put back `os.environ`, which datasets replaces by a copy after a map with processes; others keep the first."""
     environ = os.environ
     yield
-    os.environ = environ
+    os.environ = environ  # noqa: B003 (the same object as before)
 
 
 @pytest.fixture(autouse=True)
