@@ -120,8 +120,9 @@ class TrainingMetadataCallback(TrainerCallback):
         whole = is_causal(self.model.get_base_model()) and not is_sharded(model or self.model)
         if len(row) < 4 or not whole or not state.is_world_process_zero:
             return
+        trained = time.perf_counter() - (self.began or time.perf_counter())
         try:
-            self.known = replace(self.known, slowdown=slowdown(self.model, row))
+            self.known = replace(self.known, slowdown=slowdown(self.model, row, max(1.0, trained / 100)))
         except Exception as error:  # a figure on a card is not worth the training
             warnings.warn(f"The slow-down of generation is not measured: {error!r:.200}.", stacklevel=2)
         self.on_log(args, state, control)
