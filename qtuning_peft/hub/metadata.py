@@ -99,22 +99,24 @@ def slowdown(model: PeftModel, input_ids: Sequence[int], seconds: float = 1.0) -
     caches: dict[bool, Any] = {True: None, False: None}
     fastest = {True: math.inf, False: math.inf}
     began = time.perf_counter()
-    with torch.no_grad(), eval_mode(model):
-        for count, part in enumerate(tokens.tensor_split(tuple(range(prompt, tokens.shape[1])), dim=1)):
-            for tuned in fastest:
-                with nullcontext() if tuned else model.disable_adapter():
-                    start = time.perf_counter()
-                    output = base(input_ids=part, past_key_values=caches[tuned], use_cache=True)
-                    output.logits[0, -1, 0].item()  # waits for the device
-                    taken = time.perf_counter() - start
-                caches[tuned] = output.past_key_values
-                if count:  # not the prompt's
-                    fastest[tuned] = min(fastest[tuned], taken)
-            if count >= 4 and time.perf_counter() - began > seconds:
-                break
-    # PEFT has all of an adapter trained after it was disabled.
-    for parameter in frozen:
-        parameter.requires_grad_(False)
+    try:
+        with torch.no_grad(), eval_mode(model):
+            for count, part in enumerate(tokens.tensor_split(tuple(range(prompt, tokens.shape[1])), dim=1)):
+                for tuned in fastest:
+                    with nullcontext() if tuned else model.disable_adapter():
+                        start = time.perf_counter()
+                        output = base(input_ids=part, past_key_values=caches[tuned], use_cache=True)
+                        output.logits[0, -1, 0].item()  # waits for the device
+                        taken = time.perf_counter() - start
+                    caches[tuned] = output.past_key_values
+                    if count:  # not the prompt's
+                        fastest[tuned] = min(fastest[tuned], taken)
+                if count >= 4 and time.perf_counter() - began > seconds:
+                    break
+    finally:
+        # PEFT has all of an adapter trained after it was disabled.
+        for parameter in frozen:
+            parameter.requires_grad_(False)
     timed = f"one row with a cache, fastest of {count} tokens after {prompt} of a training row"
     return fastest[True] / fastest[False], timed
 
