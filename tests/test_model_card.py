@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from qtuning_peft.integrations.metadata import TrainingMetadataCallback, count, datasets_on_the_hub, shown
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from qtuning_peft import SideTuningConfig
 from qtuning_peft.hub.card import complete
@@ -230,7 +230,7 @@ def test_the_loss_before_training_stands_beside_the_loss_after_it(model: PeftMod
 def test_the_time_of_a_resumed_training_says_from_where_it_counts(model: PeftModel) -> None:
     callback = TrainingMetadataCallback(model)
     state = SimpleNamespace(log_history=[], global_step=8, best_global_step=None)
-    callback.on_train_begin(None, state, None)
+    callback.on_train_begin(SimpleNamespace(learning_rate=0.5), state, None)
     state.global_step = 10
     callback.on_log(SimpleNamespace(load_best_model_at_end=False), state, None)
     rows = model.training_metadata.table()
@@ -245,7 +245,9 @@ def test_the_training_data_are_counted(model: PeftModel) -> None:
     assert count(Dataset.from_list(rows).select([1])) == (1, 0)
     callback = TrainingMetadataCallback(model)
     state = SimpleNamespace(log_history=[], global_step=0, best_global_step=None)
-    callback.on_train_begin(None, state, None, train_dataloader=SimpleNamespace(dataset=Dataset.from_list(rows)))
+    callback.on_train_begin(
+        SimpleNamespace(), state, None, train_dataloader=SimpleNamespace(dataset=Dataset.from_list(rows))
+    )
     callback.on_log(SimpleNamespace(load_best_model_at_end=False), state, None)
     shown = model.training_metadata.table()
     assert (shown["training rows"], shown["supervised tokens"]) == ("2", "2")
@@ -302,6 +304,29 @@ def test_a_card_says_how_much_slower_generation_is(model: PeftModel, tmp_path: P
     model.save_pretrained(tmp_path)
     assert f"| time per generated token | {shown} |" in (tmp_path / "README.md").read_text()
     assert describe(str(tmp_path))["time per generated token"] == shown
+
+
+def test_the_callback_alone_fills_the_card_of_any_trainer(model: PeftModel, tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"input_ids": row, "labels": row} for row in token_ids(8, 8).tolist()])
+    arguments = TrainingArguments(
+        str(tmp_path / "out"), per_device_train_batch_size=4, num_train_epochs=1, learning_rate=0.0125, use_cpu=True,
+        report_to="none", eval_strategy="epoch", eval_on_start=True, bf16=False,
+    )  # fmt: skip
+    data = {"train_dataset": rows, "eval_dataset": rows, "callbacks": [TrainingMetadataCallback()]}
+    trainer = Trainer(model, arguments, **data)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    for known in (
+        "| training rows | 8 |", "| steps | 2 |", "| time per generated token | ", "| versions | ",
+        "\nlearning_rate: 0.0125", "| unpublished rows | loss before training | ", "| unpublished rows | loss | ",
+    ):  # fmt: skip
+        assert known in card
+    assert str(tmp_path) not in card
+
+    other = get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    Trainer(other, arguments, **data | {"callbacks": [TrainingMetadataCallback()]}).train()
+    assert not hasattr(other, "training_metadata")
 
 
 def test_no_slow_down_where_none_can_be_measured(model: PeftModel) -> None:
