@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
@@ -23,7 +22,7 @@ from qtuning_peft.sharding import is_sharded
 from qtuning_peft.trainer import PrefixCachingCallback
 
 from .blocks import EUPruningBlock
-from .metadata import NOT_PRUNED, TrainingMetadataCallback, datasets_on_the_hub, is_side_tuned, shown
+from .metadata import NOT_PRUNED, TrainingMetadataCallback, as_recipe, datasets_on_the_hub, is_side_tuned
 
 # Side networks start at 1e-3; what is below this is usually left over from LoRA.
 SMALLEST_LEARNING_RATE = 5e-4
@@ -143,8 +142,7 @@ def add_callbacks(
     split = recipe.get("dataset_test_split")
     tested_on = trained_on if split else datasets_on_the_hub(recipe.get("test_datasets"))
     evaluated_on = (tested_on[0], split) if len(tested_on) == 1 else (None, None)
-    settings = yaml.safe_dump(shown(recipe), sort_keys=False, allow_unicode=True)
-    known = TrainingMetadata(recipe=settings, pruning=pruned or NOT_PRUNED, datasets=trained_on)
+    known = TrainingMetadata(recipe=as_recipe(recipe), pruning=pruned or NOT_PRUNED, datasets=trained_on)
     trainer.add_callback(TrainingMetadataCallback(trainer.model, known, evaluated_on))
     rate = trainer.args.learning_rate
     if rate < SMALLEST_LEARNING_RATE and trainer.is_world_process_zero():

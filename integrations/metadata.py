@@ -6,6 +6,7 @@ A recipe may hold folders or tokens: the card shows only settings of an allow-li
 import os
 import re
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -13,13 +14,16 @@ from statistics import fmean
 from typing import Any
 
 import pyarrow.compute as pc
+import yaml
 from datasets import Dataset
 from huggingface_hub import EvalResult
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from qtuning_peft.hub.metadata import TrainingMetadata, is_hub_name, machine, peak_memory
+from qtuning_peft.head import is_causal
+from qtuning_peft.hub.metadata import TrainingMetadata, is_hub_name, machine, peak_memory, slowdown
 from qtuning_peft.reading import IGNORE_INDEX
+from qtuning_peft.sharding import is_sharded
 from qtuning_peft.side_tuning import SideTuningConfig
 
 from .blocks import EUPruningBlock, QSTTrainingBlock
@@ -54,6 +58,11 @@ def shown(value: Any) -> Any:
     return value if isinstance(value, bool | int | float) else None
 
 
+def as_recipe(settings: Mapping[str, Any]) -> str:
+    """What a card may show of a trainer's settings, as YAML."""
+    return yaml.safe_dump(shown(settings), sort_keys=False, allow_unicode=True)
+
+
 def datasets_on_the_hub(entries: Any) -> tuple[str, ...]:
     """Those `user/name` that can be on the Hub, of a name or entries with a `path`; files are left out."""
     entries = entries if isinstance(entries, list | tuple) else [entries]
@@ -65,29 +74,39 @@ class TrainingMetadataCallback(TrainerCallback):
     """Keeps `model.training_metadata`, which the model's card is written from, at what the trainer has logged.
 
     An evaluation before the first step (`eval_on_start=True`) is the base's: a new side network starts exactly there.
+    It does nothing where no side network is trained.
 
     Args:
-        model: Whose card it is.
-        known: What is known before training.
+        model: Whose card it is; by default, the trainer's.
+        known: What is known before training; by default, the trainer's arguments.
         evaluated_on: Name on the Hub, and split, of the data that the trainer evaluates on.
     """
 
     def __init__(
-        self, model: PeftModel, known: TrainingMetadata | None = None,
+        self, model: PeftModel | None = None, known: TrainingMetadata | None = None,
         evaluated_on: tuple[str | None, str | None] = (None, None),
     ) -> None:  # fmt: skip
         self.model: Any = model
         self.known, self.evaluated_on = known or TrainingMetadata(pruning=NOT_PRUNED), evaluated_on
         self.began: float | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None, **kwargs: Any
+    ) -> None:
         """Note the training data, and where training starts: a resumed one at the step of its checkpoint."""
+        self.model = self.model or model
         rows, tokens = count(getattr(train_dataloader, "dataset", None))
-        self.known = replace(self.known, rows=rows, tokens=tokens, resumed_at=state.global_step or None)
+        self.known = replace(
+            self.known, recipe=self.known.recipe or as_recipe(vars(args)), rows=rows, tokens=tokens,
+            resumed_at=state.global_step or None,
+        )  # fmt: skip
         self.began = time.perf_counter()
 
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Keep what is known by now."""
+        self.model = self.model or model
+        if not is_side_tuned(self.model):
+            return
         last = {key: value for entry in state.log_history for key, value in entry.items()}
         # What is saved at the end may be an earlier step's.
         best = state.best_global_step if args.load_best_model_at_end and "train_runtime" in last else None
@@ -105,6 +124,26 @@ class TrainingMetadataCallback(TrainerCallback):
             peak_memory=peak_memory(), machine=machine(),
             versions=", ".join(f"{name} {version(name)}" for name in ("qtuning-peft", "peft", "transformers", "torch")),
         )  # fmt: skip
+
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Measure what the side network costs in generation, in one process, beside a base that is there whole."""
+        if not is_side_tuned(self.model):
+            return
+        data = getattr(train_dataloader, "dataset", None)
+        row: list[int] = []
+        if isinstance(data, Dataset) and "input_ids" in data.column_names:
+            row = max(data.with_format(None)[:16]["input_ids"], key=len, default=[])
+        whole = is_causal(self.model.get_base_model()) and not is_sharded(model or self.model)
+        if len(row) < 4 or not whole or not state.is_world_process_zero:
+            return
+        trained = time.perf_counter() - (self.began or time.perf_counter())
+        try:
+            self.known = replace(self.known, slowdown=slowdown(self.model, row, max(1.0, trained / 100)))
+        except Exception as error:  # a figure on a card is not worth the training
+            warnings.warn(f"The slow-down of generation is not measured: {error!r:.200}.", stacklevel=2)
+        self.on_log(args, state, control)
 
     def _result(self, entry: Mapping[str, Any], steps: int) -> EvalResult:
         (name, split), step = self.evaluated_on, entry["step"]

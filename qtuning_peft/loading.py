@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # lazily
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftConfig
+from peft.utils import CONFIG_NAME
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -40,11 +41,21 @@ def load_model(
         if dtype == "auto":
             arguments["dtype"] = compute
     gguf: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
-    if (Path(name) / "adapter_config.json").is_file():
+    if (Path(name) / CONFIG_NAME).is_file():
+        adapter_config(Path(name))
         model = AutoPeftModelForCausalLM.from_pretrained(name, **arguments, **gguf)
         has_tokenizer = (Path(name) / "tokenizer_config.json").is_file()
         return model.eval(), load_tokenizer(name if has_tokenizer else model.get_base_model().config._name_or_path)
     return AutoModelForCausalLM.from_pretrained(name, **arguments, **gguf).eval(), load_tokenizer(name, **gguf)
+
+
+def adapter_config(folder: Path, name: str | None = None) -> PeftConfig:
+    """The configuration of an adapter in a folder (called `name`); `ValueError` when PEFT does not know its method."""
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (LookupError, TypeError) as error:
+        reason = f"has an {CONFIG_NAME} of an unknown method ({error!r:.200}); upgrade PEFT."
+        raise ValueError(f"{name or folder} {reason}") from error
 
 
 def load_tokenizer(name: str, **arguments: Any) -> Any:

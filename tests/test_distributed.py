@@ -56,6 +56,11 @@ def test_two_processes_train_as_one(group: str, tmp_path: Path) -> None:
         (tmp_path / "alone" / name).mkdir(parents=True)
         require_the_same(f"{group}, {name}", *found[name], case(tmp_path / "alone" / name))
         require_whole_file(name, tmp_path / name / "adapter", found[name][0])
+    if "EUPruningSFTTrainer" in CASES[group]:
+        # Measured where the base is there whole.
+        card = (tmp_path / "EUPruningSFTTrainer" / "adapter" / "README.md").read_text()
+        assert ("| time per generated token |" in card) == (group == "ddp")
+        assert "| versions |" in card
     for name in REFUSED.get(group, {}):
         # Whether and how often a batch is scored depends on the batch, and the other process would wait.
         assert all("The model is sharded" in result["refused"] for result in found[name]), name

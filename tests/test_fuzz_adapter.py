@@ -126,11 +126,15 @@ def test_any_adapter(kind: str, cases: int) -> None:
             warnings.simplefilter("ignore")
             for file, good in GOOD.items():
                 (Path(folder) / file).write_bytes(content if file == name else good)
+            unknown = False
             for use in (lambda: describe(folder), lambda: PeftModel.from_pretrained(base, folder).unload()):
                 try:
                     use()
                 except Exception as error:
-                    one_sentence(error)
+                    # Where the method is unknown PEFT raises an error of its own, before it asks anybody else.
+                    if not (unknown and isinstance(error, KeyError)):
+                        one_sentence(error)
+                    unknown = "of an unknown method" in str(error)
         assert time.process_time() - began < SECONDS
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < KIBIBYTES
 

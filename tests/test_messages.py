@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import qtuning_peft
 from qtuning_peft import SideTuningConfig
 from qtuning_peft.cli import app
+from qtuning_peft.loading import load_model
 
 
 def test_versions_for_a_bug_report() -> None:
@@ -74,3 +75,10 @@ def test_a_step_raises_no_warning_of_what_transformers_deprecates(recwarn: pytes
         warnings.simplefilter("always")
         Trainer(model, arguments, train_dataset=data, callbacks=callbacks).train()
     assert not [str(entry.message) for entry in caught if "past_key_values" in str(entry.message)]
+
+
+@pytest.mark.parametrize("method", [{"peft_type": "NEWER"}, {"peft_typ": "QST"}], ids=["unknown", "misspelt"])
+def test_an_adapter_of_an_unknown_method_is_one_sentence(method: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(method | {"base_model_name_or_path": "org/base"}))
+    with pytest.raises(ValueError, match=f"^{tmp_path} has an adapter_config.json of an unknown method .*upgrade PEFT"):
+        load_model(str(tmp_path))

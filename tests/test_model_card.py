@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from conftest import tiny
+from conftest import EVERY_PART, randomize_side_network, side_parameters, tiny, token_ids
 from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from qtuning_peft.integrations.metadata import TrainingMetadataCallback, count, datasets_on_the_hub, shown
+from torch import nn
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from qtuning_peft import SideTuningConfig
 from qtuning_peft.hub.card import complete
-from qtuning_peft.hub.metadata import TrainingMetadata
+from qtuning_peft.hub.metadata import TrainingMetadata, slowdown
 from qtuning_peft.hub.sharing import describe
+from qtuning_peft.states import cache_states
 
 
 @pytest.fixture
@@ -226,7 +230,7 @@ def test_the_loss_before_training_stands_beside_the_loss_after_it(model: PeftMod
 def test_the_time_of_a_resumed_training_says_from_where_it_counts(model: PeftModel) -> None:
     callback = TrainingMetadataCallback(model)
     state = SimpleNamespace(log_history=[], global_step=8, best_global_step=None)
-    callback.on_train_begin(None, state, None)
+    callback.on_train_begin(SimpleNamespace(learning_rate=0.5), state, None)
     state.global_step = 10
     callback.on_log(SimpleNamespace(load_best_model_at_end=False), state, None)
     rows = model.training_metadata.table()
@@ -241,13 +245,104 @@ def test_the_training_data_are_counted(model: PeftModel) -> None:
     assert count(Dataset.from_list(rows).select([1])) == (1, 0)
     callback = TrainingMetadataCallback(model)
     state = SimpleNamespace(log_history=[], global_step=0, best_global_step=None)
-    callback.on_train_begin(None, state, None, train_dataloader=SimpleNamespace(dataset=Dataset.from_list(rows)))
+    callback.on_train_begin(
+        SimpleNamespace(), state, None, train_dataloader=SimpleNamespace(dataset=Dataset.from_list(rows))
+    )
     callback.on_log(SimpleNamespace(load_best_model_at_end=False), state, None)
     shown = model.training_metadata.table()
     assert (shown["training rows"], shown["supervised tokens"]) == ("2", "2")
-    assert "generation speed beside the base" not in shown
-    measured = TrainingMetadata(slowdown=1.4).table()
-    assert measured == {"generation speed beside the base": "1.40 times the base's time per token"}
+    assert "time per generated token" not in shown
+
+
+@pytest.mark.parametrize("options", [{}, EVERY_PART], ids=["position-wise", "attention"])
+def test_the_slow_down_is_measured_and_nothing_is_left_changed(options: dict[str, object]) -> None:
+    model = get_peft_model(tiny(), SideTuningConfig(task_type="CAUSAL_LM", side_dropout=0.5, **options)).train()
+    randomize_side_network(model)
+    cache_states(model, 2**20)
+    frozen = next(iter(side_parameters(model).values())).requires_grad_(False)
+    inputs = {"input_ids": token_ids(), "labels": token_ids()}
+    model(**inputs)  # fills the cache
+    torch.manual_seed(0)
+    expected = model(**inputs).loss
+    modes, drawn = [module.training for module in model.modules()], torch.get_rng_state()
+
+    calls = []
+    slow = next(m for name, m in model.named_modules() if "qst_side_network" in name and isinstance(m, nn.Linear))
+    handle = slow.register_forward_hook(lambda *_: calls.append(time.sleep(0.05)))
+    times, timed = slowdown(model, token_ids(1, 20)[0].tolist(), seconds=60)
+    handle.remove()
+    # Only the tuned model sleeps, for the prompt and each of ten tokens.
+    assert times > 2
+    assert len(calls) == 11
+    assert "of a training row" in timed
+
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert [module.training for module in model.modules()] == modes
+    assert all(p.requires_grad != (p is frozen) for p in side_parameters(model).values())
+    torch.manual_seed(0)
+    assert torch.equal(model(**inputs).loss, expected)
+
+
+def ended(model: PeftModel, rows: list[dict[str, list[int]]], main: bool = True) -> dict[str, str]:
+    """The card's table after a training on `rows`."""
+    state = SimpleNamespace(log_history=[], global_step=8, best_global_step=None, is_world_process_zero=main)
+    data = SimpleNamespace(dataset=Dataset.from_list(rows))
+    callback, arguments = TrainingMetadataCallback(model), SimpleNamespace(load_best_model_at_end=False)
+    callback.on_train_begin(arguments, state, None, train_dataloader=data)
+    callback.on_train_end(arguments, state, None, model=model, train_dataloader=data)
+    # An evaluation afterwards.
+    callback.on_log(arguments, state, None)
+    return model.training_metadata.table()
+
+
+def test_a_card_says_how_much_slower_generation_is(model: PeftModel, tmp_path: Path) -> None:
+    rows = [{"input_ids": [5]}, {"input_ids": [3, 4, 5, 6, 7, 8]}]
+    shown = ended(model, rows)["time per generated token"]
+    number, _, timed = shown.partition(" times the base's ")
+    assert 0.2 < float(number) < 20
+    assert timed == "(one row with a cache, fastest of 3 tokens after 3 of a training row)"
+    model.save_pretrained(tmp_path)
+    assert f"| time per generated token | {shown} |" in (tmp_path / "README.md").read_text()
+    assert describe(str(tmp_path))["time per generated token"] == shown
+
+
+def test_the_callback_alone_fills_the_card_of_any_trainer(model: PeftModel, tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"input_ids": row, "labels": row} for row in token_ids(8, 8).tolist()])
+    arguments = TrainingArguments(
+        str(tmp_path / "out"), per_device_train_batch_size=4, num_train_epochs=1, learning_rate=0.0125, use_cpu=True,
+        report_to="none", eval_strategy="epoch", eval_on_start=True, bf16=False,
+    )  # fmt: skip
+    data = {"train_dataset": rows, "eval_dataset": rows, "callbacks": [TrainingMetadataCallback()]}
+    trainer = Trainer(model, arguments, **data)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    for known in (
+        "| training rows | 8 |", "| steps | 2 |", "| time per generated token | ", "| versions | ",
+        "\nlearning_rate: 0.0125", "| unpublished rows | loss before training | ", "| unpublished rows | loss | ",
+    ):  # fmt: skip
+        assert known in card
+    assert str(tmp_path) not in card
+
+    other = get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    Trainer(other, arguments, **data | {"callbacks": [TrainingMetadataCallback()]}).train()
+    assert not hasattr(other, "training_metadata")
+
+
+def test_no_slow_down_where_none_can_be_measured(model: PeftModel) -> None:
+    rows = [{"input_ids": [3, 4, 5, 6]}]
+    assert "time per generated token" not in ended(model, [{"input_ids": [3, 4, 5]}])
+    assert "time per generated token" not in ended(model, [{"text": "w1 w2"}])
+    model.training_metadata = TrainingMetadata()
+    assert ended(model, rows, main=False) == ended(model, [{"text": "w1 w2"}])
+    classifier = AutoModelForSequenceClassification.from_config(tiny().config)
+    tuned = get_peft_model(classifier, SideTuningConfig(task_type="SEQ_CLS"))
+    assert "time per generated token" not in ended(tuned, rows)
+    # A pass that fails costs the figure, and not the training.
+    with pytest.warns(UserWarning, match="slow-down of generation is not measured: IndexError"):
+        shown = ended(model, [{"input_ids": [100_000] * 4}])
+    assert shown["steps"] == "8"
+    assert "time per generated token" not in shown
 
 
 def test_the_form_that_peft_leaves_to_be_filled_in_goes(model: PeftModel, tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def test_a_recipe_of_trl_becomes_ours_with_a_block(folder: Path, tmp_path: Path)
     card = ModelCard.load(out / "README.md")
     for known in (
         "| pruning | kept 32 of 64 samples", "| training rows | 32 |", "| supervised tokens | ", "| steps | 8 |",
-        "token_ratio: 0.7", "hidden_state_cache_gib: 1",
+        "| time per generated token | ", "token_ratio: 0.7", "hidden_state_cache_gib: 1",
         "learning_rate: 0.005", "weight_decay: 0.125", "load_in_4bit: true", "| machine | ", "MiB resident",
         "import qtuning_peft", "huggingface/trl",
     ):  # fmt: skip

@@ -13,11 +13,11 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from ..atomic import replacing
+from ..loading import adapter_config
 from ..side_tuning import SideTuningConfig
 from ..side_tuning.peft.untrusted import LARGEST_HEADER
 from .card import MARKS, complete, data_of, listed, load_card, settings_of, split
@@ -86,11 +86,7 @@ def read_config(folder: Path, name: str | None = None) -> SideTuningConfig:
     for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / file).is_file():
             raise ValueError(f"{name} has no {file}, so it is no adapter that can be loaded; save or name another.")
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (LookupError, TypeError) as error:
-        # These are PEFT's errors for a method that it does not know.
-        raise ValueError(f"{name} has an {CONFIG_NAME} of an unknown method ({error!r:.200}); upgrade PEFT.") from error
+    config = adapter_config(folder, name)
     if not isinstance(config, SideTuningConfig):
         method = getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(f"{name} is an adapter of the method {method}, not a side network.")
