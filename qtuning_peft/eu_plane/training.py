@@ -60,11 +60,6 @@ class EUPruningCallback(TrainerCallback):
                 "The model is sharded (FSDP, ZeRO-3), and batches are scored by each process for itself; prune the "
                 "data before training, or train with DDP."
             )
-        if args.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor is {args.label_smoothing_factor}, and the loss of some trainers then reads "
-                "labels before they are pruned; set it to 0."
-            )
         # An interrupted training leaves it there.
         if self._step is None:
             self._step, self.trainer.training_step = self.trainer.training_step, self.training_step
@@ -172,6 +167,11 @@ class Batch:
 
     def hand_over(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The arguments of a model, with these labels and this count; the trainer may have copied both."""
+        if kwargs.get("labels") is None:
+            raise ValueError(
+                "The trainer computes its loss without giving the model labels, as with label_smoothing_factor or "
+                "compute_loss_func, and would not see what is pruned; do without, or prune the data before training."
+            )
         own = {"labels": self.labels, "num_items_in_batch": self.count}
         return args, kwargs | {name: value for name, value in own.items() if kwargs.get(name) is not None}
 
