@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import replace
 from statistics import mean, stdev
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
 from benchmarks import rows
@@ -32,8 +32,7 @@ from qtuning_peft.eu_plane import EUPruner, score
 from qtuning_peft.eu_plane.rows import RowEncoder
 from qtuning_peft.eu_plane.selection import KEEP
 from qtuning_peft.loss import IGNORE_INDEX, chunked_cross_entropy
-from qtuning_peft.side_tuning.follow import BaseStates, BlockCall, record_states
-from qtuning_peft.states import reuse_of
+from qtuning_peft.states import HiddenStateCache, reuse_of
 
 REDUCTION_FACTOR, LAYERS, LEARNING_RATE, STEPS_PER_EPOCH, EPOCHS, SEEDS = (
     16,
@@ -69,71 +68,20 @@ def gsm8k(split: str, start: int, stop: int) -> Dataset:
     return Dataset.from_list([{"prompt": row["question"], "completion": row["answer"]} for row in found])
 
 
-class States:
-    """The base's states of every row, in bfloat16, and batches of them."""
-
-    def __init__(self, model: Any, encoded: Dataset) -> None:
-        input_ids = encoded["input_ids"][:]
-        order = sorted(range(len(encoded)), key=lambda index: len(input_ids[index]))
-        found: dict[int, BaseStates] = {}
-        for start in range(0, len(order), 16):
-            part = order[start : start + 16]
-            states = record_states(model, padded([input_ids[i] for i in part], 0))
-            for place, index in enumerate(part):
-                found[index] = self._row(states, place, len(input_ids[index]))
-        self.rows = [found[index] for index in range(len(encoded))]
-
-    @staticmethod
-    def _row(states: BaseStates, place: int, length: int) -> BaseStates:
-        def of(values: Tensor) -> Tensor:
-            return values[place : place + 1, :length].bfloat16()
-
-        return replace(
-            states, input_ids=states.input_ids[place : place + 1, :length], embeddings=of(states.embeddings),
-            blocks=[(layer, of(hidden_states), BlockCall()) for layer, hidden_states, _ in states.blocks],
-            normed=of(states.normed),
-        )  # fmt: skip
-
-    def batch(self, indices: list[int]) -> BaseStates:
-        """The states of several rows, padded at the right."""
-        chosen = [self.rows[index] for index in indices]
-        length = max(states.input_ids.shape[1] for states in chosen)
-
-        def stacked(parts: list[Tensor]) -> Tensor:
-            return torch.cat([torch.nn.functional.pad(p, (0, 0, 0, length - p.shape[1])).float() for p in parts])
-
-        ids = [torch.nn.functional.pad(states.input_ids, (0, length - states.input_ids.shape[1])) for states in chosen]
-        blocks = [
-            (layer, stacked([states.blocks[i][1] for states in chosen]), BlockCall())
-            for i, (layer, _, _) in enumerate(chosen[0].blocks)
-        ]
-        return replace(
-            chosen[0], input_ids=torch.cat(ids), embeddings=stacked([s.embeddings for s in chosen]), blocks=blocks,
-            normed=stacked([s.normed for s in chosen]),
-        )  # fmt: skip
-
-
-def serve(model: Any, states: BaseStates) -> None:
-    """Let the next pass in training mode take `states` for the base's."""
-    reuse = reuse_of(model)
-    assert reuse is not None
-    reuse.serve_next(states)
-
-
 def padded(ids: list[list[int]], fill: int) -> Tensor:
-    """Right-padded with `fill`, which plain causal attention does not let any token see: (rows, longest), int64."""
-    length = max(map(len, ids))
-    return torch.tensor([row + [fill] * (length - len(row)) for row in ids])
+    """Right-padded with `fill`, (rows, longest), int64."""
+    return pad_sequence([torch.tensor(row) for row in ids], batch_first=True, padding_value=fill)
 
 
-def loss_of(model: Any, states: States, indices: list[int], labels: list[list[int]], total: bool = False) -> Tensor:
-    """Loss of a batch, its mean or its sum over supervised tokens."""
-    batch = states.batch(indices)
-    serve(model, batch)
-    return chunked_cross_entropy(model, batch.input_ids, padded(labels, IGNORE_INDEX), num_items=1 if total else None)
+def loss_of(model: Any, input_ids: list[list[int]], labels: list[list[int]], total: bool = False) -> Tensor:
+    """Loss of a batch, its mean or its sum over supervised tokens; with its gradient, as the cache serves no other."""
+    mask = padded([[1] * len(row) for row in input_ids], 0)
+    return chunked_cross_entropy(
+        model, padded(input_ids, 0), padded(labels, IGNORE_INDEX), 1 if total else None, attention_mask=mask
+    )
 
 
-def train(model: Any, states: States, labels: dict[int, list[int]], seed: int) -> None:
+def train(model: Any, input_ids: list[list[int]], labels: dict[int, list[int]], seed: int) -> None:
     """Train the side network on the rows of `labels`."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], LEARNING_RATE, weight_decay=0)
@@ -147,38 +95,33 @@ def train(model: Any, states: States, labels: dict[int, list[int]], seed: int) -
             tokens = sum(label != IGNORE_INDEX for index in chosen for label in labels[index])
             for start in range(0, len(chosen), 8):
                 part = chosen[start : start + 8]
-                (loss_of(model, states, part, [labels[i] for i in part], total=True) / tokens).backward()
+                loss = loss_of(model, [input_ids[i] for i in part], [labels[i] for i in part], total=True)
+                (loss / tokens).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
 
 
-@torch.no_grad()
-def test_loss(model: Any, states: States, labels: list[list[int]]) -> float:
+def test_loss(model: Any, input_ids: list[list[int]], labels: list[list[int]]) -> float:
     """Nats per supervised token."""
-    # The side network has no dropout, and given states are used in training mode alone.
+    # The side network has no dropout, and the cache serves training alone.
     model.train()
     order = sorted(range(len(labels)), key=lambda index: len(labels[index]))
-    total = sum(
-        loss_of(model, states, order[i : i + 10], [labels[j] for j in order[i : i + 10]], total=True).item()
-        for i in range(0, len(order), 10)
-    )
+    parts = [order[i : i + 10] for i in range(0, len(order), 10)]
+    total = sum(loss_of(model, [input_ids[i] for i in p], [labels[i] for i in p], total=True).item() for p in parts)
     return total / sum(label != IGNORE_INDEX for row in labels for label in row)
 
 
-def with_reference(scored: Dataset, model: Any, states: States) -> Dataset:
+def with_reference(scored: Dataset, model: Any) -> Dataset:
     """Add the tokens' error under `model`, as Rho-1 needs it."""
     model.train()
     errors = []
-    with torch.no_grad():
-        for index, row in enumerate(scored):
-            batch = states.batch([index])
-            serve(model, batch)
-            logits = model(input_ids=batch.input_ids).logits[0, :-1].float()
-            targets = torch.tensor(row["labels"])[1:]
-            kept = targets != IGNORE_INDEX
-            errors.append(torch.nn.functional.cross_entropy(logits[kept], targets[kept], reduction="none").tolist())
+    for row in scored:
+        logits = model(input_ids=torch.tensor(row["input_ids"])[None]).logits[0, :-1].detach().float()
+        targets = torch.tensor(row["labels"])[1:]
+        kept = targets != IGNORE_INDEX
+        errors.append(torch.nn.functional.cross_entropy(logits[kept], targets[kept], reduction="none").tolist())
     return scored.add_column("token_reference_error", errors)
 
 
@@ -195,18 +138,23 @@ def main() -> None:
 
     reference_rows, test = encoded("train", 320, 380), encoded("test", 0, TEST_ROWS)
 
+    cache = HiddenStateCache(2**32, LAYERS)
+
     def side_tuned(seed: int) -> Any:
         set_seed(seed)
-        return get_peft_model(
+        model = get_peft_model(
             base, SideTuningConfig(reduction_factor=REDUCTION_FACTOR, layers_to_transform=LAYERS, task_type="CAUSAL_LM")
         )
+        reuse = reuse_of(model)
+        assert reuse is not None
+        reuse.cache = cache
+        return model
 
     model = side_tuned(0)
-    train_states, reference_states, test_states = (States(model, part) for part in (scored, reference_rows, test))
-    test_labels = test["labels"][:]
-    before = test_loss(model, test_states, test_labels)
-    train(model, reference_states, dict(enumerate(reference_rows["labels"][:])), seed=0)
-    scored = with_reference(scored, model, train_states)
+    train_ids, test_ids, test_labels = scored["input_ids"][:], test["input_ids"][:], test["labels"][:]
+    before = test_loss(model, test_ids, test_labels)
+    train(model, reference_rows["input_ids"][:], dict(enumerate(reference_rows["labels"][:])), seed=0)
+    scored = with_reference(scored, model)
     model.unload()
 
     budget = EUPruner(**PLANE, tokenizer=tokenizer).fit(scored).pruned.kept_tokens
@@ -221,10 +169,10 @@ def main() -> None:
             labels = {i: row["labels"] for i, row in enumerate(kept) if row["quadrant"] in KEEP}
             model = side_tuned(seed)
             started = time.perf_counter()
-            train(model, train_states, labels, seed)
+            train(model, train_ids, labels, seed)
             seconds = time.perf_counter() - started
             row = {
-                "strategy": name, "seed": seed, "loss": test_loss(model, test_states, test_labels), "base": before,
+                "strategy": name, "seed": seed, "loss": test_loss(model, test_ids, test_labels), "base": before,
                 "samples": len(labels), "tokens": pruner.pruned.kept_tokens, "steps": STEPS_PER_EPOCH * EPOCHS,
                 "train_seconds": round(seconds, 1), "reduction_factor": REDUCTION_FACTOR, "layers": LAYERS,
                 "learning_rate": LEARNING_RATE,

@@ -156,7 +156,7 @@ def test_batches_are_the_reference(seed: int) -> None:
 @pytest.mark.parametrize(
     ("strategy", "kept_rows"),
     [("highest_perplexity", {2, 3}), ("lowest_perplexity", {0, 1}), ("entropy", {0, 2}), ("infobatch", {2, 3}),
-     ("ifd", {0, 1}), ("el2n", {1, 2}), ("longest", {0, 3})],
+     ("ifd", {0, 1}), ("el2n", {1, 2}), ("longest", {0, 3}), ("shortest", {1, 2})],
 )  # fmt: skip
 def test_other_strategies_keep_what_their_names_say(strategy: str, kept_rows: set[int]) -> None:
     rows = scored_rows(4, 0.0, np.random.default_rng(0)) | {

@@ -42,27 +42,27 @@ def shown(*command: str) -> str:
 
 
 def test_a_sample_strategy_in_ten_lines(tmp_path: Path) -> None:
-    assert "shortest" not in shown("prune")
+    assert "fewest:" not in shown("prune")
 
-    @sample_strategy("shortest", "supervised_tokens")
-    def shortest(rows: Any, options: EUPruner) -> Any:
+    @sample_strategy("fewest", "supervised_tokens")
+    def fewest(rows: Any, options: EUPruner) -> Any:
         """Fewest supervised tokens."""
         return -rows["supervised_tokens"]
 
     scored = scored_data(40).remove_columns("supervised_tokens").add_column("supervised_tokens", list(range(1, 41)))
-    kept = scored.map(EUPruner(num_samples=5, strategy="shortest").fit(scored), batched=True)
+    kept = scored.map(EUPruner(num_samples=5, strategy="fewest").fit(scored), batched=True)
     assert kept["id"][:] == [0, 1, 2, 3, 4]
-    block = read_block("eu_pruning", EUPruningBlock, {"sample_ratio": 0.5, "strategy": "shortest"})
-    assert block.pruner(None).strategy == "shortest"
+    block = read_block("eu_pruning", EUPruningBlock, {"sample_ratio": 0.5, "strategy": "fewest"})
+    assert block.pruner(None).strategy == "fewest"
     option = EUPruningBlock.model_json_schema()["properties"]["strategy"]
-    assert "shortest: fewest supervised tokens" in option["description"]
+    assert "fewest: fewest supervised tokens" in option["description"]
     assert option["enum"] == [*SAMPLE_STRATEGIES]
     for command in ("prune", "plot"):
-        assert "shortest: fewest supervised tokens" in shown(command)
+        assert "fewest: fewest supervised tokens" in shown(command)
 
     scored.to_parquet(str(tmp_path / "scored.parquet"))
     command = ["prune", str(tmp_path / "scored.parquet"), "-o", str(tmp_path / "kept.jsonl")]
-    result = CliRunner().invoke(app, [*command, "--num-samples", "5", "--strategy", "shortest"])
+    result = CliRunner().invoke(app, [*command, "--num-samples", "5", "--strategy", "fewest"])
     assert result.exit_code == 0, result.output
     assert "(5 kept, 35 dropped)" in " ".join(result.output.split())
 

@@ -35,8 +35,8 @@ def add_a_down_sampler() -> None:
 
 
 def add_a_sample_strategy() -> None:
-    @sample_strategy("shortest", "supervised_tokens")
-    def shortest(rows: Any, options: Any) -> Any:
+    @sample_strategy("fewest", "supervised_tokens")
+    def fewest(rows: Any, options: Any) -> Any:
         """Fewest supervised tokens."""
         return -rows["supervised_tokens"]
 
@@ -46,7 +46,7 @@ def _added() -> Any:
     add_a_down_sampler()
     add_a_sample_strategy()
     yield
-    for registry, name in ((DOWNSAMPLERS, "strided"), (SAMPLE_STRATEGIES, "shortest")):
+    for registry, name in ((DOWNSAMPLERS, "strided"), (SAMPLE_STRATEGIES, "fewest")):
         del registry._choices[name], registry._help[name]
 
 
@@ -76,23 +76,21 @@ def test_the_sample_strategy_keeps_rows() -> None:
         "input_ids": [[1, 2, 3, 4]] * 3, "labels": [[-100, 1, 2, 3], [-100] * 3 + [1], [-100, -100, 1, 2]],
         "token_error": [[1.0] * 3, [1.0], [1.0] * 2], "token_uncertainty": [[1.0] * 3, [1.0], [1.0] * 2],
     })  # fmt: skip
-    kept = rows.map(EUPruner(num_samples=1, strategy="shortest").fit(rows), batched=True)
+    kept = rows.map(EUPruner(num_samples=1, strategy="fewest").fit(rows), batched=True)
     assert kept["supervised_tokens"][:] == [1]
-    with pytest.raises(ValueError, match=r"strategy is 'tallest'; choose one of eu_plane, .*shortest"):
+    with pytest.raises(ValueError, match=r"strategy is 'tallest'; choose one of eu_plane, .*fewest"):
         EUPruner(num_samples=1, strategy="tallest")
 
 
 def test_yaml_blocks_and_help_know_both() -> None:
-    blocks = {QSTBlock: ("downsample", "strided"), EUPruningBlock: ("strategy", "shortest")}
+    blocks = {QSTBlock: ("downsample", "strided"), EUPruningBlock: ("strategy", "fewest")}
     for block, (field, name) in blocks.items():
         schema = block.model_json_schema()["properties"][field]
         assert name in schema["enum"]
         assert f"{name}: " in schema["description"]
     assert "every r-th channel" in str(QSTBlock.model_json_schema())
-    assert (
-        read_block("eu_pruning", EUPruningBlock, {"strategy": "shortest", "sample_ratio": 0.5}).strategy == "shortest"
-    )
-    assert "shortest" in shown("prune")
+    assert read_block("eu_pruning", EUPruningBlock, {"strategy": "fewest", "sample_ratio": 0.5}).strategy == "fewest"
+    assert "fewest" in shown("prune")
     help_of_sft = shown("sft")
     assert "strided" in help_of_sft
-    assert "shortest" in help_of_sft
+    assert "fewest" in help_of_sft

@@ -274,7 +274,7 @@ def test_what_it_says_of_adding_a_choice_is_enough() -> None:
     check = (
         "from qtuning_peft.integrations.blocks import EUPruningBlock, QSTBlock, read_block\n"
         "read_block('qst', QSTBlock, {'downsample': 'strided'})\n"
-        "read_block('eu_pruning', EUPruningBlock, {'strategy': 'shortest', 'sample_ratio': 0.5})\n"
+        "read_block('eu_pruning', EUPruningBlock, {'strategy': 'fewest', 'sample_ratio': 0.5})\n"
         "import torch\n"
         "states = torch.arange(12.0).view(1, 1, 12)\n"
         "assert Strided(12, 3, 1)(states).tolist() == [[[0, 4, 8]]]\n"

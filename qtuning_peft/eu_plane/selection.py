@@ -99,19 +99,25 @@ class SampleStrategy:
         self.prepare(rows, budget)
         priority = np.asarray(self.priority(rows), np.float64)
         order = np.argsort(-priority, kind="stable")
-        costs = budget.costs(self.names(rows, np.ones(len(rows), bool)))
-        distances = np.abs(np.cumsum(costs[order]) - budget.target)
-        ordered = priority[order]
-        together = np.where(np.append(ordered[1:] != ordered[:-1], True), distances, np.inf)
-        last = int(np.flatnonzero(together == together.min())[-1])
-        self.lowest = float(ordered[last : last + 2].mean()) if last + 1 < len(rows) else -math.inf
+        ordered, costs = priority[order], budget.costs(self.names(rows, np.ones(len(rows), bool)))
+        spent = np.cumsum(costs[order])
+        # Where the next row has another priority.
+        together = np.append(ordered[1:] != ordered[:-1], True)
+        count = _nearest(np.where(together, spent, np.inf), budget.target)
+        self.lowest = float(ordered[count - 1 : count + 1].mean()) if count < len(rows) else -math.inf
         kept = np.zeros(len(rows), bool)
-        kept[order[: int(np.flatnonzero(distances == distances.min())[-1]) + 1]] = True
+        kept[order[: _nearest(spent, budget.target)]] = True
         return self.names(rows, kept)
 
     def __call__(self, rows: pd.DataFrame) -> np.ndarray:
         """What becomes of every row, (rows,) of names in `quadrants`."""
         return self.names(rows, np.asarray(self.priority(rows), np.float64) >= self.lowest)
+
+
+def _nearest(spent: np.ndarray, target: float) -> int:
+    """How many rows to keep, if the first 1, 2, ... cost `spent` (rows,): of two equally near to `target`, the more."""
+    distances = np.abs(spent - target)
+    return int(np.flatnonzero(distances == distances.min())[-1]) + 1
 
 
 Priority = Callable[[pd.DataFrame, Options], Any]

@@ -77,6 +77,12 @@ def longest(rows: pd.DataFrame, options: Options) -> Any:
     return rows["supervised_tokens"]
 
 
+@sample_strategy("shortest", "supervised_tokens")
+def shortest(rows: pd.DataFrame, options: Options) -> Any:
+    """Fewest supervised tokens; the baseline "Longest" of Q-Tuning, which removes the longest rows."""
+    return -rows["supervised_tokens"]
+
+
 @sample_strategy("highest_perplexity", "error")
 def highest_perplexity(rows: pd.DataFrame, options: Options) -> Any:
     """Highest error."""

@@ -60,11 +60,6 @@ class EUPruningCallback(TrainerCallback):
                 "The model is sharded (FSDP, ZeRO-3), and batches are scored by each process for itself; prune the "
                 "data before training, or train with DDP."
             )
-        if args.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor is {args.label_smoothing_factor}, and the loss of some trainers then reads "
-                "labels before they are pruned; set it to 0."
-            )
         # An interrupted training leaves it there.
         if self._step is None:
             self._step, self.trainer.training_step = self.trainer.training_step, self.training_step
@@ -98,19 +93,24 @@ class EUPruningCallback(TrainerCallback):
             kept = self._prune(batch, scores)
             return self._step(model, batch.without_dropped(kept), batch.count)
 
-        def score(decoder: nn.Module, args: Any, output: Any) -> None:
-            # Once: whoever runs the decoder again in this step does so for the same labels.
-            handle.remove()
-            with torch.no_grad():
-                found = scores_of_hidden_states(base, output, batch.labels, names)
-            self._prune(batch, by_sample(found, batch.samples))
-
         seen = self.counts[1]
-        handle = base.get_decoder().register_forward_hook(torch.compiler.disable(score))
+
+        def score(decoder: nn.Module, args: Any, output: Any) -> None:
+            # Once, if the decoder should run several times in a step.
+            if self.counts[1] == seen:
+                with torch.no_grad():
+                    found = scores_of_hidden_states(base, output, batch.labels, names)
+                self._prune(batch, by_sample(found, batch.samples))
+
+        hooks = (
+            own.register_forward_pre_hook(torch.compiler.disable(batch.hand_over), with_kwargs=True),
+            base.get_decoder().register_forward_hook(torch.compiler.disable(score)),
+        )
         try:
-            loss = self._step(model, batch.inputs, batch.count)
+            loss = self._step(model, inputs, batch.count)
         finally:
-            handle.remove()
+            for hook in hooks:
+                hook.remove()
         if self.counts[1] == seen:
             raise RuntimeError("The model's decoder was not called in a step, so the batch was not pruned.")
         return loss
@@ -141,20 +141,19 @@ class EUPruningCallback(TrainerCallback):
 class Batch:
     """A collated batch, with labels and a count of tokens of its own, that are changed in place when it is pruned.
 
-    Whoever computes the loss has been handed both before the decoder ran, and reads them when it has.
+    Whoever computes the loss is handed both before the decoder runs, and reads them when it has.
 
     Attributes:
+        inputs: What the model takes.
         samples: Its samples that have supervised tokens, without padding.
         labels: (batch, length), int64, -100 where a token is not supervised, is padding, or nothing predicts it.
         count: What the trainer divides a sum over tokens by, if it does.
-        inputs: What the model takes.
     """
 
     def __init__(self, inputs: dict[str, Any], count: Tensor | int | None) -> None:
-        self.samples = samples_of(inputs)
+        self.inputs, self.samples = inputs, samples_of(inputs)
         self.labels = torch.empty_like(inputs["labels"])
         self.count = None if count is None else torch.as_tensor(count, dtype=torch.float32).clone()
-        self.inputs = inputs | {"labels": self.labels}
         self.keep([(sample, sample.labels) for sample in self.samples], 1.0)
 
     def keep(self, kept: Sequence[tuple[Sample, Any]], share: float) -> None:
@@ -166,13 +165,23 @@ class Batch:
         if self.count is not None:
             self.count *= share
 
+    def hand_over(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The arguments of a model, with these labels and this count; the trainer may have copied both."""
+        if kwargs.get("labels") is None:
+            raise ValueError(
+                "The trainer computes its loss without giving the model labels, as with label_smoothing_factor or "
+                "compute_loss_func, and would not see what is pruned; do without, or prune the data before training."
+            )
+        own = {"labels": self.labels, "num_items_in_batch": self.count}
+        return args, kwargs | {name: value for name, value in own.items() if kwargs.get(name) is not None}
+
     def without_dropped(self, kept: list[Sample]) -> dict[str, Any]:
         """The inputs without dropped samples: without their rows, or, in a packed row, without their tokens."""
         rows = sorted({sample.row for sample in kept})
         count, length = self.labels.shape
         batch = {
             name: value[rows] if isinstance(value, Tensor) and value.dim() and value.shape[0] == count else value
-            for name, value in self.inputs.items()
+            for name, value in (self.inputs | {"labels": self.labels}).items()
         }
         used = torch.zeros(length, dtype=torch.bool, device=self.labels.device)
         for sample in kept:
