@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
+from datasets import Dataset
 from gguf import GGUFReader
 from peft import PeftModel, get_peft_model
 from transformers import (
@@ -17,8 +19,11 @@ from transformers import (
     BitsAndBytesConfig,
     DataCollatorForSeq2Seq,
     PreTrainedModel,
+    Trainer,
+    TrainingArguments,
 )
 from transformers.integrations.gguf.utils import GgufLinear
+from trl import SFTConfig, SFTTrainer
 
 from examples.json_extraction.smollm2 import FILE, gguf_folder
 from qtuning_peft import SideTuningConfig
@@ -66,7 +71,7 @@ def packed_gguf(folder: Path) -> PreTrainedModel:
 
     transformers 5.23 packs other families than Llama while loading, so it is put together here.
     """
-    model = full_precision(folder)
+    model = gguf(folder)
     tensors = {tensor.name: tensor for tensor in GGUFReader(gguf_folder() / FILE).tensors}
     names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
     names |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
@@ -130,6 +135,45 @@ def test_a_side_network_learns_on_the_real_model(
         del model, base
         again = PeftModel.from_pretrained(load(smollm2), tmp_path)
         assert torch.equal(again(input_ids=batch["input_ids"]).logits, tuned)
+
+
+def test_trainers_take_a_side_network_on_packed_gguf_layers(
+    smollm2: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """transformers' GGUF quantizer says that it cannot train."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    rows = [encode(tokenizer, row, 120) for row in read_rows("train", 2)]
+    options = {
+        "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1, "bf16": False,
+        "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+    }  # fmt: skip
+    base = packed_gguf(smollm2)
+    assert not base.hf_quantizer.is_trainable
+    before = copy.deepcopy(base.state_dict())
+    config = SideTuningConfig(task_type="CAUSAL_LM")
+
+    def by_trainer() -> Trainer:
+        collate = DataCollatorForSeq2Seq(tokenizer)
+        return Trainer(get_peft_model(base, config), TrainingArguments(str(tmp_path), **options), collate, rows)
+
+    def by_trl() -> SFTTrainer:
+        return SFTTrainer(
+            base, SFTConfig(str(tmp_path), **options), train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer, peft_config=config,
+        )  # fmt: skip
+
+    for make in (by_trainer, by_trl):
+        trainer = make()
+        trainer.train()
+        trainer.save_model()
+        first, second = (entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+        assert second < first
+        base = trainer.model.unload()
+        after = base.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    # The folder of a GGUF file holds no configuration to compare the vocabulary with.
+    assert not [str(warning.message) for warning in recwarn if "vocabulary" in str(warning.message)]
 
 
 def test_the_size_of_the_default_adapter(smollm2: Path, tmp_path: Path) -> None:

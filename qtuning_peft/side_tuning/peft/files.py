@@ -18,6 +18,7 @@ from peft import PeftConfig
 from peft.config import PeftConfigMixin
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from transformers import PretrainedConfig
 
 from .config import SideTuningConfig
 from .peft_type import QST
@@ -101,7 +102,9 @@ def _warn_of_resized_vocabulary(model: Any, name: str | None) -> None:
     base: Any = getattr(model, "get_base_model", lambda: model)()
     actual = original = len(base.get_input_embeddings().weight)
     with suppress(Exception):  # whatever a folder or a cache may hold instead
-        original = type(base.config).from_pretrained(name, local_files_only=True).get_text_config().vocab_size
+        # A GGUF file has no configuration beside it, and transformers gives the default one.
+        if PretrainedConfig.get_config_dict(name, local_files_only=True)[0]:
+            original = type(base.config).from_pretrained(name, local_files_only=True).get_text_config().vocab_size
     if actual not in (0, original):  # none where the weights are sharded
         warnings.warn(
             f"The base's vocabulary has {actual} tokens, and {original} where it is loaded from; rows of added tokens "

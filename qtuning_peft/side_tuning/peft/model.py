@@ -56,6 +56,12 @@ class SideTuningModel(BaseTuner):
     tuner_layer_cls = SideTuningLayer
     target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 (PEFT declares it as an instance variable)
 
+    @property
+    def _hf_peft_config_loaded(self) -> bool:
+        # transformers' `Trainer` asks a quantizer whether it can train, and means back-propagation through its layers.
+        # It does not ask of a model that says so; here nothing is trained in the base, whatever its quantizer.
+        return bool(self.peft_config)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter, or leave the model as it was."""
         # What is filled in below belongs to this base; the caller's own may serve another.
