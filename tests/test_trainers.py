@@ -10,18 +10,15 @@ import torch
 from conftest import randomize_side_network, side_parameters, tiny, token_ids
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
-    BitNetQuantConfig,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
 )
-from transformers.integrations.bitnet import pack_weights
 
 from qtuning_peft import SideTuningConfig
 
@@ -38,21 +35,6 @@ def nf4(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         ),
     )
-
-
-def bitnet(folder: Path) -> PreTrainedModel:
-    """A tiny Llama whose linear layers are BitNet's packed ternary ones, through which nothing can be trained."""
-    model = tiny()
-    tensors = model.state_dict()
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            scale = 1 / module.weight.detach().abs().mean()
-            tensors[f"{name}.weight"] = pack_weights((module.weight.detach() * scale).round().clamp(-1, 1))
-            tensors[f"{name}.weight_scale"] = scale[None]
-    model.config.quantization_config = BitNetQuantConfig(modules_to_not_convert=["lm_head"]).to_dict()
-    model.config.save_pretrained(folder)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return AutoModelForCausalLM.from_pretrained(folder)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -160,6 +142,12 @@ def test_one_run_of_four_steps_equals_two_runs_of_two(tmp_path: Path) -> None:
 
 def test_the_trainer_on_a_quantizer_that_cannot_train(tmp_path: Path) -> None:
     """A side network needs none that can; LoRA does, and so does the base when the side network is gone."""
+    from benchmarks.quantizers import bitnet
+
+    tiny().save_pretrained(tmp_path / "base")
+
+    def base() -> PreTrainedModel:
+        return bitnet(tmp_path / "base", tmp_path / "bitnet")
 
     def trainer(model: torch.nn.Module) -> Trainer:
         args = TrainingArguments(
@@ -172,8 +160,8 @@ def test_the_trainer_on_a_quantizer_that_cannot_train(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"do not support training|purely quantized"):
             trainer(model)
 
-    lora = get_peft_model(bitnet(tmp_path / "lora"), LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"]))
-    side = get_peft_model(bitnet(tmp_path), SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"))
+    lora = get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"]))
+    side = get_peft_model(base(), SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"))
     assert not side.hf_quantizer.is_trainable
     with torch.compiler.set_stance("force_eager"):  # BitNet's layers ask for a compiler
         before = snapshot(side)
@@ -182,7 +170,7 @@ def test_the_trainer_on_a_quantizer_that_cannot_train(tmp_path: Path) -> None:
         require_only_the_side_network_learned(before, side)
         assert losses(trained)[-1] < losses(trained)[0] - 0.5
         trained.save_model(str(tmp_path / "adapter"))
-        loaded = PeftModel.from_pretrained(bitnet(tmp_path), tmp_path / "adapter", is_trainable=True)
+        loaded = PeftModel.from_pretrained(base(), tmp_path / "adapter", is_trainable=True)
         with side.disable_adapter():
             trainer(side)
         for model in (loaded, copy.deepcopy(side)):
