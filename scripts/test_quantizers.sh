@@ -3,7 +3,6 @@
 # QUANTIZER_ROWS=1 leaves the rows of the table in docs/models.md, which `python -m benchmarks.models_page` writes.
 source "$(dirname "$0")/environment.sh"
 prepare dev
-export QUANTIZERS=1
 
 # Beside .venv, not instead of it: only what it lacks is installed.
 beside() {
@@ -27,9 +26,11 @@ beside() {
 }
 
 failed=0
-.venv/bin/python -m pytest -n 0 tests/quantizers "$@" || failed=$?
-for name in shared gptq; do
-    beside "$name"
-    ".venv-quantizers/$name/bin/python" -m pytest -n 0 tests/quantizers "$@" || failed=$?
-done
+run() { QUANTIZERS="$2" "$1/bin/python" -m pytest -n 0 tests/quantizers "${arguments[@]}" || failed=$?; }
+arguments=("$@")
+beside shared
+beside gptq
+run .venv "bitsandbytes transformers"
+run .venv-quantizers/shared "torchao hqq compressed-tensors auto-round optimum-quanto"
+run .venv-quantizers/gptq gptqmodel
 exit $failed

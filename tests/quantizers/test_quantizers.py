@@ -1,13 +1,12 @@
 """A side network on the first blocks of SmolLM2-135M in every quantization that runs on a CPU.
 
-Each environment has some of the packages (scripts/test_quantizers.sh); with QUANTIZER_ROWS set, every quantizer leaves
-a row for the table in docs/models.md.
+QUANTIZERS names the packages to test, of which each environment has some (scripts/test_quantizers.sh). With
+QUANTIZER_ROWS set, every quantizer leaves a row for the tables in docs/models.md.
 """
 
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,16 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
-
-from qtuning_peft import SideTuningConfig
-
-if "QUANTIZERS" not in os.environ:
-    pytest.skip("needs packages of its own; run scripts/test_quantizers.sh", allow_module_level=True)
-
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks import rows
 from benchmarks.gsm8k import encode, read_rows
-from benchmarks.quantizers import QUANTIZERS, Quantizer, full_precision
+from benchmarks.quantizers import QUANTIZERS, full_precision
+from qtuning_peft import SideTuningConfig
 
-MODULES = {"auto-round": "auto_round", "compressed-tensors": "compressed_tensors", "optimum-quanto": "optimum.quanto"}
+PACKAGES = os.environ.get("QUANTIZERS", "").split()
+if not PACKAGES:
+    pytest.skip("needs packages of its own; run scripts/test_quantizers.sh", allow_module_level=True)
 BLOCKS = 4
 OPTIONS: dict[str, Any] = {
     "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1, "bf16": False,
@@ -45,13 +41,6 @@ def checkpoint(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder)
     return folder
-
-
-def is_installed(package: str) -> bool:
-    try:
-        return find_spec(MODULES.get(package, package)) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def record(name: str, **found: Any) -> None:
@@ -87,11 +76,9 @@ def gradients_of_lora(base: Any, dataset: Any, collate: Any, folder: Path) -> st
 
 
 @pytest.mark.smollm2
-@pytest.mark.parametrize("name", [name for name, quantizer in QUANTIZERS.items() if quantizer.refusal is None])
+@pytest.mark.parametrize("name", [name for name, q in QUANTIZERS.items() if q.package in PACKAGES and not q.refusal])
 def test_a_side_network_on_a_quantized_base(name: str, checkpoint: Path, tmp_path: Path) -> None:
-    quantizer: Quantizer = QUANTIZERS[name]
-    if not is_installed(quantizer.package):
-        pytest.skip(f"{quantizer.package} is in another environment of scripts/test_quantizers.sh")
+    quantizer = QUANTIZERS[name]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     rows_ = [encode(tokenizer, row, 100) for row in read_rows("train", 2)]
     collate = DataCollatorForSeq2Seq(tokenizer)
@@ -158,13 +145,11 @@ def test_a_side_network_on_a_quantized_base(name: str, checkpoint: Path, tmp_pat
 
 
 @pytest.mark.smollm2
-@pytest.mark.parametrize("name", [name for name, quantizer in QUANTIZERS.items() if quantizer.refusal])
+@pytest.mark.parametrize("name", [name for name, q in QUANTIZERS.items() if q.package in PACKAGES and q.refusal])
 def test_quantizers_that_need_a_gpu_say_so(name: str, checkpoint: Path, tmp_path: Path) -> None:
     quantizer = QUANTIZERS[name]
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    if not is_installed(quantizer.package):
-        pytest.skip(f"{quantizer.package} is in another environment of scripts/test_quantizers.sh")
     with pytest.raises(Exception, match=f"(?i){quantizer.refusal}") as caught:
         quantizer.load(checkpoint, tmp_path / "kept")
     record(name, refused=f"{caught.type.__name__}: {str(caught.value).splitlines()[0]}")

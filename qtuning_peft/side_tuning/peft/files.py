@@ -73,7 +73,7 @@ def save_the_adapter_alone() -> None:
                 )
             kwargs["save_embedding_layers"] = False
             _warn_of_resized_vocabulary(model, model.peft_config[adapter_name].base_model_name_or_path)
-            state_dict = _own_tensors(model) if state_dict is None else state_dict
+            state_dict = own_tensors(model) if state_dict is None else state_dict
         if finds_names:
             return original(model, state_dict, adapter_name, *args, **kwargs)
         state_dict = model.state_dict() if state_dict is None else state_dict
@@ -87,9 +87,12 @@ def save_the_adapter_alone() -> None:
         vars(module)[original.__name__] = get_peft_model_state_dict
 
 
-def _own_tensors(model: Any) -> dict[str, torch.Tensor]:
-    # Without the base: bitsandbytes re-quantizes the scales of 4-bit layers on some CPUs when their state is taken, and
-    # a base that goes on running would compute other numbers.
+def own_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """State of the side networks and of further modules that are trained.
+
+    Without the base: bitsandbytes re-quantizes the scales of 4-bit layers on some CPUs when their state is taken, and a
+    base that goes on running would compute other numbers.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for path, module in model.named_modules():
         if path.endswith((f".{CONTAINER}", ".modules_to_save")):
