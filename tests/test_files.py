@@ -208,7 +208,7 @@ def test_a_resized_vocabulary_does_not_put_the_base_s_embeddings_into_the_adapte
 
 
 @pytest.mark.parametrize("twice", [True, False], ids=["scales quantized too", "scales as they are"])
-def test_a_quantized_base_computes_the_same_after_a_save(twice: bool, tmp_path: Path) -> None:
+def test_a_quantized_base_computes_the_same_after_saving_and_loading(twice: bool, tmp_path: Path) -> None:
     """bitsandbytes changes a layer on some CPUs when its state is taken."""
     tiny(hidden_size=128, intermediate_size=256).save_pretrained(tmp_path / "base")
     config = BitsAndBytesConfig(
@@ -225,3 +225,5 @@ def test_a_quantized_base_computes_the_same_after_a_save(twice: bool, tmp_path: 
         for _ in range(2):
             model.save_pretrained(tmp_path / "adapter")
             assert torch.equal(model(input_ids=token_ids()).logits, before)
+        model.load_adapter(tmp_path / "adapter", "again")
+        assert torch.equal(model(input_ids=token_ids()).logits, before)

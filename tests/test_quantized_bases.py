@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
-from gguf import GGUFReader
+from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -17,10 +18,11 @@ from transformers import (
     BitsAndBytesConfig,
     DataCollatorForSeq2Seq,
     PreTrainedModel,
+    Trainer,
+    TrainingArguments,
 )
-from transformers.integrations.gguf.utils import GgufLinear
+from trl import SFTConfig, SFTTrainer
 
-from examples.json_extraction.smollm2 import FILE, gguf_folder
 from qtuning_peft import SideTuningConfig
 from qtuning_peft.loss import chunked_cross_entropy
 
@@ -30,12 +32,9 @@ if not (REPOSITORY / "benchmarks").is_dir():
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.gsm8k import encode, read_rows  # noqa: E402
+from benchmarks.quantizers import full_precision, gguf, packed_gguf  # noqa: E402
 
 pytestmark = pytest.mark.smollm2
-
-
-def full_precision(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def nf4(folder: Path) -> PreTrainedModel:
@@ -54,34 +53,6 @@ def int8(folder: Path) -> PreTrainedModel:
     config = BitsAndBytesConfig(load_in_8bit=True)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
     assert isinstance(model.model.layers[0].mlp.up_proj, bnb.nn.Linear8bitLt)
-    return model
-
-
-def gguf(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(gguf_folder(), gguf_file=FILE)
-
-
-def packed_gguf(folder: Path) -> PreTrainedModel:
-    """Every linear layer of the blocks as transformers' packed GGUF layer, holding the file's own 4-bit blocks.
-
-    transformers 5.23 packs other families than Llama while loading, so it is put together here.
-    """
-    model = full_precision(folder)
-    tensors = {tensor.name: tensor for tensor in GGUFReader(gguf_folder() / FILE).tensors}
-    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
-    names |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
-    heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
-    for index, layer in enumerate(model.model.layers):
-        for owner in (layer.self_attn, layer.mlp):
-            for name, dense in list(owner.named_children()):
-                if isinstance(dense, torch.nn.Linear):
-                    tensor = tensors[f"blk.{index}.{names[name]}.weight"]
-                    packed = GgufLinear(dense.in_features, dense.out_features, int(tensor.tensor_type))
-                    rows = torch.from_numpy(tensor.data.copy())
-                    if name in heads:  # GGUF interleaves the two halves of a rotary head
-                        rows = rows.view(heads[name], -1, 2, rows.shape[-1]).transpose(1, 2).reshape(rows.shape)
-                    packed.weight.data = rows
-                    setattr(owner, name, packed)
     return model
 
 
@@ -130,6 +101,47 @@ def test_a_side_network_learns_on_the_real_model(
         del model, base
         again = PeftModel.from_pretrained(load(smollm2), tmp_path)
         assert torch.equal(again(input_ids=batch["input_ids"]).logits, tuned)
+
+
+def test_trainers_take_a_side_network_on_packed_gguf_layers(
+    smollm2: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """transformers' GGUF quantizer says that it cannot train."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    rows = [encode(tokenizer, row, 120) for row in read_rows("train", 2)]
+    options = {
+        "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1, "bf16": False,
+        "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+    }  # fmt: skip
+    base = packed_gguf(smollm2)
+    base.model.layers = base.model.layers[:3]  # without a kernel, every pass unpacks them
+    base.config.num_hidden_layers = 3
+    assert not base.hf_quantizer.is_trainable
+    before = copy.deepcopy(base.state_dict())
+    config = SideTuningConfig(task_type="CAUSAL_LM")
+
+    def by_trainer() -> Trainer:
+        collate = DataCollatorForSeq2Seq(tokenizer)
+        return Trainer(get_peft_model(base, config), TrainingArguments(str(tmp_path), **options), collate, rows)
+
+    def by_trl() -> SFTTrainer:
+        return SFTTrainer(
+            base, SFTConfig(str(tmp_path), **options), train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer, peft_config=config,
+        )  # fmt: skip
+
+    for make in (by_trainer, by_trl):
+        trainer = make()
+        trainer.train()
+        trainer.save_model()
+        first, second = (entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+        assert second < first
+        base = trainer.model.unload()
+        after = base.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    # The folder of a GGUF file holds no configuration to compare the vocabulary with.
+    assert not [str(warning.message) for warning in recwarn if "vocabulary" in str(warning.message)]
 
 
 def test_the_size_of_the_default_adapter(smollm2: Path, tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import randomize_side_network, side_parameters, tiny, token_ids
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -137,6 +138,47 @@ def test_one_run_of_four_steps_equals_two_runs_of_two(tmp_path: Path) -> None:
         finals.append(snapshot(model))
     for name, tensor in finals[0].items():
         assert torch.equal(tensor, finals[1][name]), name
+
+
+def test_the_trainer_on_a_quantizer_that_cannot_train(tmp_path: Path) -> None:
+    """A side network needs none that can; LoRA does, and so does the base when the side network is gone."""
+    from benchmarks.quantizers import bitnet
+
+    tiny().save_pretrained(tmp_path / "base")
+
+    def base() -> PreTrainedModel:
+        return bitnet(tmp_path / "base", tmp_path / "bitnet")
+
+    def trainer(model: torch.nn.Module) -> Trainer:
+        args = TrainingArguments(
+            output_dir=str(tmp_path / "out"), num_train_epochs=4, per_device_train_batch_size=4, learning_rate=2e-2,
+            logging_steps=1, report_to="none", use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        return Trainer(model=model, args=args, train_dataset=ROWS, data_collator=collate)
+
+    def require_refused(model: torch.nn.Module) -> None:
+        with pytest.raises(ValueError, match=r"do not support training|purely quantized"):
+            trainer(model)
+
+    lora = get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"]))
+    side = get_peft_model(base(), SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"))
+    assert not side.hf_quantizer.is_trainable
+    with torch.compiler.set_stance("force_eager"):  # BitNet's layers ask for a compiler
+        before = snapshot(side)
+        trained = trainer(side)
+        trained.train()
+        require_only_the_side_network_learned(before, side)
+        assert losses(trained)[-1] < losses(trained)[0] - 0.5
+        trained.save_model(str(tmp_path / "adapter"))
+        loaded = PeftModel.from_pretrained(base(), tmp_path / "adapter", is_trainable=True)
+        with side.disable_adapter():
+            trainer(side)
+        for model in (loaded, copy.deepcopy(side)):
+            trainer(model).train()
+    require_refused(lora)
+    require_refused(side.unload())
+    loaded.delete_adapter("default")
+    require_refused(loaded)
 
 
 @pytest.mark.parametrize("base", ["float32", "nf4"])

@@ -18,6 +18,7 @@ from peft import PeftConfig
 from peft.config import PeftConfigMixin
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from transformers import PretrainedConfig
 
 from .config import SideTuningConfig
 from .peft_type import QST
@@ -72,7 +73,7 @@ def save_the_adapter_alone() -> None:
                 )
             kwargs["save_embedding_layers"] = False
             _warn_of_resized_vocabulary(model, model.peft_config[adapter_name].base_model_name_or_path)
-            state_dict = _own_tensors(model) if state_dict is None else state_dict
+            state_dict = own_tensors(model) if state_dict is None else state_dict
         if finds_names:
             return original(model, state_dict, adapter_name, *args, **kwargs)
         state_dict = model.state_dict() if state_dict is None else state_dict
@@ -86,9 +87,12 @@ def save_the_adapter_alone() -> None:
         vars(module)[original.__name__] = get_peft_model_state_dict
 
 
-def _own_tensors(model: Any) -> dict[str, torch.Tensor]:
-    # Without the base: bitsandbytes re-quantizes the scales of 4-bit layers on some CPUs when their state is taken, and
-    # a base that goes on running would compute other numbers.
+def own_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """State of the side networks and of further modules that are trained.
+
+    Without the base: bitsandbytes re-quantizes the scales of 4-bit layers on some CPUs when their state is taken, and a
+    base that goes on running would compute other numbers.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for path, module in model.named_modules():
         if path.endswith((f".{CONTAINER}", ".modules_to_save")):
@@ -101,7 +105,9 @@ def _warn_of_resized_vocabulary(model: Any, name: str | None) -> None:
     base: Any = getattr(model, "get_base_model", lambda: model)()
     actual = original = len(base.get_input_embeddings().weight)
     with suppress(Exception):  # whatever a folder or a cache may hold instead
-        original = type(base.config).from_pretrained(name, local_files_only=True).get_text_config().vocab_size
+        # A GGUF file has no configuration beside it, and transformers gives the default one.
+        if PretrainedConfig.get_config_dict(name, local_files_only=True)[0]:
+            original = type(base.config).from_pretrained(name, local_files_only=True).get_text_config().vocab_size
     if actual not in (0, original):  # none where the weights are sharded
         warnings.warn(
             f"The base's vocabulary has {actual} tokens, and {original} where it is loaded from; rows of added tokens "

@@ -26,7 +26,7 @@ from ..follow import Decoder, find_decoder, follower_of
 from ..network import SideNetwork
 from .config import SideTuningConfig
 from .dry_run import dry_run
-from .files import check_adapter, without_adapter_name
+from .files import check_adapter, own_tensors, without_adapter_name
 from .layer import MERGE_REFUSAL, SideTuningLayer
 from .peft_type import PREFIX
 from .refusals import (
@@ -59,6 +59,12 @@ class SideTuningModel(BaseTuner):
     prefix: str = PREFIX
     tuner_layer_cls = SideTuningLayer
     target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 (PEFT declares it as an instance variable)
+
+    @property
+    def _hf_peft_config_loaded(self) -> bool:
+        # transformers' `Trainer` asks a quantizer whether it can train, and means back-propagation through its layers.
+        # It does not ask of a model that says so; here nothing is trained in the base, whatever its quantizer.
+        return bool(self.peft_config)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter, or leave the model as it was."""
@@ -205,14 +211,20 @@ class SideTuningModel(BaseTuner):
         cls, model: Any, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         assert isinstance(config, SideTuningConfig)
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        # Not by PEFT's own, which takes the state of the whole model: see `own_tensors`.
         layer_path, layer = next((path, m) for path, m in model.named_modules() if isinstance(m, SideTuningLayer))
         prefix = f"{layer_path}.{CONTAINER}.{adapter_name}."
+        saved = f"{layer_path.removeprefix(PEFT_PREFIX)}.{CONTAINER}."
+        bare = {key: key.removeprefix(PEFT_PREFIX) for key in state_dict}
+        remapped = {
+            prefix + bare[key].removeprefix(saved) if bare[key].startswith(saved) else key: tensor
+            for key, tensor in state_dict.items()
+        }
         heads = f".modules_to_save.{adapter_name}."
         given = {key.removeprefix(prefix): tensor for key, tensor in remapped.items() if heads not in key}
         try:
             check_adapter(layer.qst_side_network[adapter_name].state_dict(), given)
-            own = model.state_dict()
+            own = own_tensors(model)
             check_adapter({k: own[k] for k in own if heads in k}, {k: t for k, t in remapped.items() if heads in k})
         except ValueError:
             if config.origin is not None:

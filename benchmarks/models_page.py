@@ -1,0 +1,54 @@
+"""The tables of `docs/models.md` that are made from rows.
+
+python -m benchmarks.models_page
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks import rows
+from benchmarks.common import HERE
+from benchmarks.document import Tables, main, markdown, newest, not_measured, source
+from benchmarks.quantizers import QUANTIZERS
+from benchmarks.rows import Row
+
+DOCUMENT = HERE.parent / "docs" / "models.md"
+COMMAND = "QUANTIZER_ROWS=1 bash scripts/test_quantizers.sh"
+
+
+def quantizer_rows() -> list[Row]:
+    """The newest row of each quantizer, in the order they are listed in."""
+    found = {row["quantizer"]: row for row in newest(rows.read("quantizers"), lambda row: row["quantizer"])}
+    return [found[name] for name in QUANTIZERS if name in found]
+
+
+def quantizers(_: Path) -> str:
+    """What side tuning was run on, and what LoRA does on the same base."""
+    found = [row for row in quantizer_rows() if "refused" not in row]
+    if not found:
+        return not_measured(COMMAND)
+    lines = [
+        [
+            row["quantizer"], row["package"], f"`{row['layer']}`", f"{row['bytes'] / 2**20:.0f}",
+            "yes" if row["trains"] else "no", "works", row["lora"],
+        ]
+        for row in found
+    ]  # fmt: skip
+    header = ["base", "by", "linear layer", "MiB", "its quantizer says it trains", "side tuning", "LoRA"]
+    return f"{markdown(header, lines)}\n\n{source(found, COMMAND)}"
+
+
+def refused_quantizers(_: Path) -> str:
+    """What does not run without a GPU, in its own words."""
+    found = [row for row in quantizer_rows() if "refused" in row]
+    if not found:
+        return not_measured(COMMAND)
+    lines = [[row["quantizer"], row["package"], f"`{row['refused']}`"] for row in found]
+    return markdown(["base", "by", "on a CPU"], lines)
+
+
+TABLES: Tables = {"quantizers": quantizers, "refused-quantizers": refused_quantizers}
+
+if __name__ == "__main__":
+    main(DOCUMENT, TABLES, __doc__)
