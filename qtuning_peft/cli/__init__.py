@@ -12,6 +12,7 @@ from ..eu_plane import EUPruner, EUScorer
 from . import data as commands
 from .hub import info, pull, push
 from .recipes import app as recipes_app
+from .states import states
 
 app = typer.Typer(name="qtuning", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
@@ -65,6 +66,7 @@ def sft(context: typer.Context) -> None:
 
 
 app.command()(commands.Command(commands.score, EUScorer))
+app.command()(commands.Command(states, EUScorer))
 app.command()(commands.Command(commands.prune, EUPruner))
 app.command()(commands.Command(commands.plot, EUPruner))
 for command in (push, pull, info):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from datasets import Dataset
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # imported there, not exported
 from rich.console import Console
 from rich.markup import escape
@@ -20,12 +21,13 @@ from safetensors import SafetensorError
 
 from ..atomic import alone_with
 from ..eu_plane.dataset import score as score_dataset
-from ..eu_plane.files import check_output, read_data, write_data
+from ..eu_plane.files import JSON_LINES, check_output, read_data, write_data
 from ..eu_plane.plot import plot_plane
 from ..eu_plane.pruner import EUPruner
 from ..eu_plane.report import write_report
 from ..loading import load_model, load_tokenizer
 from ..registry import help_of
+from ..stored import MANIFEST, load_states
 
 console = Console(stderr=True)
 
@@ -117,7 +119,7 @@ def score(
     instruction and output, text, or input_ids and labels.
     """
     check_output(output, overwrite)
-    options["columns"] = dict(_pair(entry) for entry in options["columns"] or [])
+    options["columns"] = columns_from(options["columns"])
     parts = resume_dir or output.with_name(f"{output.name}.parts")
     with alone_with(output):
         rows = read_data(data, split)
@@ -141,7 +143,9 @@ def prune(
     """Keep the best of scored data. Runs no model: prune again with other ratios as often as you like."""
     check_output(output, overwrite)
     pruner = make_pruner(options)
-    rows = read_data(data, split)
+    rows = read_scored(data, split)
+    if output.suffix.lower() in JSON_LINES:  # which has no bytes
+        rows = rows.remove_columns([name for name in ("states", "state_tokens") if name in rows.column_names])
     pruner.fit(rows)
     with alone_with(output):
         write_data(rows.map(pruner, batched=True, keep_in_memory=True), output, overwrite)
@@ -164,7 +168,7 @@ def plot(
     report = output.suffix in (".html", ".htm")
     if report and (pruner is None or pruner.tokenizer is None):
         raise ValueError("A report shows text and what would be kept; give --tokenizer and --sample-ratio.")
-    rows = read_data(data, split)
+    rows = read_scored(data, split)
     if pruner is not None:
         pruner.fit(rows)
     if report and pruner is not None:
@@ -180,6 +184,16 @@ def remove_parts(folder: Path) -> None:
         part.unlink()
     if not any(folder.iterdir()):
         folder.rmdir()
+
+
+def read_scored(path: Path, split: str | None) -> Dataset:
+    """Scored data, or a folder of states."""
+    return load_states(path) if (path / MANIFEST).is_file() else read_data(path, split)
+
+
+def columns_from(entries: list[str] | None) -> dict[str, str]:
+    """The data's own names of columns, by ours, from entries like prompt=question."""
+    return dict(_pair(entry) for entry in entries or [])
 
 
 def _pair(entry: str) -> tuple[str, str]:

@@ -4,7 +4,7 @@ The head runs on chunks of supervised positions, so the logits of a batch never 
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,6 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..head import causal_model, head_of, positions_at_once
 from ..loss import IGNORE_INDEX, supervised_positions
+from ..side_tuning.follow import AtPositions, BaseStates
+from ..side_tuning.peft.following import following
 from .scores import SCORES, Predictions
 from .tokenized import Sample
 
@@ -29,11 +31,14 @@ PLANE = ("error", "uncertainty")
 
 def run(
     model: nn.Module, samples: Sequence[Sample], tokens_per_batch: int, names: Sequence[str] = PLANE,
-    on_progress: Callable[[int], object] | None = None,
+    on_progress: Callable[[int], object] | None = None, take: Callable[[int, Tensor], object] | None = None,
+    layers: Collection[int] = (),
 ) -> dict[str, list[np.ndarray]]:  # fmt: skip
     """Scores `names` of the supervised tokens of `samples`: for each sample (supervised tokens,), float64.
 
-    `tokens_per_batch` counts padding; `on_progress` is called with the number of samples of each batch.
+    `tokens_per_batch` counts padding; `on_progress` is called with the number of samples of each batch. `take` gets, by
+    the index of a sample, the base's states (N + 2, supervised tokens, d) that predict its tokens: the embeddings, the
+    outputs of the N blocks `layers`, and the final norm's.
     """
     # Longest first, so that a batch that does not fit in memory is the first one.
     order = sorted(range(len(samples)), key=lambda index: -len(samples[index].input_ids))
@@ -43,12 +48,32 @@ def run(
     with torch.inference_mode(), eval_mode(model):
         for batch in batches([len(sample.input_ids) for sample in ordered], tokens_per_batch):
             members = ordered[batch.start : batch.stop]
-            for name, values in by_sample(token_scores(model, *right_padded(members, device), names), members).items():
+            inputs = right_padded(members, device)
+            with recording(model, inputs[2], layers if take is not None else None) as states:
+                scores = token_scores(model, *inputs, names)
+            for name, values in by_sample(scores, members).items():
                 found[name] += values
+            if take is not None:
+                lengths = [len(values) for values in next(iter(found.values()))[-len(members) :]]
+                parts = torch.stack([part[0].to(states.parts()[-1].device) for part in states.parts()])
+                for index, own in zip(order[batch.start : batch.stop], parts.split(lengths, dim=1), strict=True):
+                    take(index, own)
             if on_progress is not None:
                 on_progress(len(members))
     back = np.argsort(order)
     return {name: [values[index] for index in back] for name, values in found.items()}
+
+
+@contextmanager
+def recording(model: nn.Module, labels: Tensor, layers: Collection[int] | None) -> Iterator[BaseStates]:
+    """Record the base's states where `labels` (batch, length) are predicted, in this context; nothing for `None`."""
+    states = BaseStates(layers or ())
+    if layers is None:
+        yield states
+        return
+    read = (labels != IGNORE_INDEX).roll(-1, dims=1)
+    with following(model) as follower, follower.recording(AtPositions(states, read)):
+        yield states
 
 
 def token_scores(

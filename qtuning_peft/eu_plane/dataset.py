@@ -8,6 +8,7 @@ the same to the bit.
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,18 +90,29 @@ def _score(
     refuse_own(dataset.column_names)
     scorer.encoder.format_of(dataset.column_names)
     look, dataset = dataset.format, dataset.with_format(None)
-    fingerprint, parts = scorer.fingerprint(), []
-    bar = tqdm(total=len(dataset), desc="Scoring", unit=" rows", disable=not progress)
-    with bar, tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         folder = Path(resume_dir or temporary)
         if folder.is_file():
             raise ValueError(f"resume_dir is {folder}, which is a file; name a folder.")
-        folder.mkdir(parents=True, exist_ok=True)
+        parts = [part for _, part in score_parts(dataset, scorer, folder, rows_per_part, progress)]
+    scores = concatenate_datasets(parts)
+    others = [name for name in dataset.column_names if name not in scores.column_names]
+    scored = concatenate_datasets([dataset.select_columns(others), scores], axis=1) if others else scores
+    return scored.with_format(look["type"], **look["format_kwargs"])
+
+
+def score_parts(
+    dataset: Dataset, scorer: EUScorer, folder: Path, rows_per_part: int, progress: bool
+) -> Iterator[tuple[Path, Dataset]]:
+    """Every part's file in `folder`, and what it holds, in memory; only what is not there, or damaged, is computed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fingerprint = scorer.fingerprint()
+    with tqdm(total=len(dataset), desc="Scoring", unit=" rows", disable=not progress) as bar:
         for start in range(0, len(dataset), rows_per_part):
             indices = range(start, min(start + rows_per_part, len(dataset)))
             rows = dataset[indices.start : indices.stop]
             file = folder / f"{Hasher.hash([fingerprint, rows])}.arrow"
-            part = _read_part(file)
+            part = read_part(file)
             if part is None:
                 scorer.on_progress = bar.update
                 part = Dataset.from_dict(scorer(rows, indices))
@@ -111,11 +123,7 @@ def _score(
             # Rows that were not run, or as several samples.
             bar.n = indices.stop
             bar.refresh()
-            parts.append(part)
-    scores = concatenate_datasets(parts)
-    others = [name for name in dataset.column_names if name not in scores.column_names]
-    scored = concatenate_datasets([dataset.select_columns(others), scores], axis=1) if others else scores
-    return scored.with_format(look["type"], **look["format_kwargs"])
+            yield file, part
 
 
 def _write_part(file: Path, table: pa.Table) -> None:
@@ -127,7 +135,7 @@ def _write_part(file: Path, table: pa.Table) -> None:
         unfinished.write_bytes(content + _checksum(file, content))
 
 
-def _read_part(file: Path) -> Dataset | None:
+def read_part(file: Path) -> Dataset | None:
     """The finished part in `file`, if there is one that is as it was written, in memory: the folder may be deleted."""
     if not file.is_file():
         return None

@@ -14,10 +14,14 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..head import causal_model
 from ..registry import option
+from ..side_tuning.follow import find_decoder
+from ..side_tuning.network import NetworkSettings
+from ..states.format import FORMATS
 from .batching import PLANE, run
 from .fingerprint import fingerprint
 from .rows import RowEncoder
@@ -51,6 +55,10 @@ class EUScorer:
         columns, chat_template, max_length, tokens_per_batch, scores, reference_model: Each has its help below, and is
             an option of `qtuning score`.
 
+        states: Also add the base's hidden states that this side network would read, as column `states` (bytes, see
+            `states.format`) of the tokens `state_tokens`, indices into `input_ids`.
+        states_format: How they are stored: bfloat16, float16, float32 or int8.
+
     A row that cannot be scored does not raise: it is warned about, and `unscored` says why.
     """
 
@@ -68,7 +76,11 @@ class EUScorer:
         None, f"A second model: also add {REFERENCE}, the tokens' error under it."
     )
 
+    states: NetworkSettings | None = None
+    states_format: str = "bfloat16"
+
     def __post_init__(self) -> None:
+        FORMATS.check(self.states_format)
         for name in ("max_length", "tokens_per_batch"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}; choose at least 1.")
@@ -82,6 +94,7 @@ class EUScorer:
         self.max_length = self.max_length or getattr(base.config.get_text_config(), "max_position_embeddings", None)
         wanted = {*ALWAYS, *self.scores, *([REFERENCE] if self.reference_model is not None else [])}
         self.scores = [name for name in SCORES if name in wanted]
+        self.layers = () if self.states is None else tuple(self.states.layers(find_decoder(base).shape))
         # Called with the number of samples scored, for a progress bar finer than `map`'s.
         self.on_progress: Callable[[int], object] | None = None
 
@@ -96,6 +109,8 @@ class EUScorer:
             name: [_stored(value, bool(why)) for value, why in zip(values, unscored, strict=True)]
             for name, values in scores.items()
         }
+        if self.states is not None:
+            columns["state_tokens"] = [np.asarray(row.positions(), np.int64) for row in encoded]
         self._report(unscored, indices)
         return {
             "input_ids": [np.asarray(row.input_ids, np.int64) for row in encoded],
@@ -150,7 +165,9 @@ class EUScorer:
             return by_row(samples, run(model or self.model, samples, self.tokens_per_batch)["error"])
 
         of_tokens = [name for name in self.scores if SCORES[name].per_token]
-        found = run(self.model, samples, self.tokens_per_batch, of_tokens, self.on_progress)
+        states: dict[int, Tensor] = {}
+        take = None if self.states is None else states.__setitem__
+        found = run(self.model, samples, self.tokens_per_batch, of_tokens, self.on_progress, take, self.layers)
         joined = {name: by_row(samples, values) for name, values in found.items()}
         rows = ScoredRows(samples, joined["error"], errors, self.reference_model)
         columns: dict[str, Sequence[Any]] = {}
@@ -159,6 +176,12 @@ class EUScorer:
                 columns |= {name: [mean(values) for values in joined[name]], f"token_{name}": joined[name]}
             else:
                 columns[name] = SCORES[name].of(rows)
+        if self.states is not None:
+            of_rows: list[list[Tensor]] = [[] for _ in encoded]
+            for index, sample in enumerate(samples):
+                of_rows[sample.row].append(states[index])
+            encode = FORMATS[self.states_format].encode
+            columns["states"] = [encode(torch.cat(parts, dim=1)) if parts else b"" for parts in of_rows]
         return columns
 
     def _report(self, unscored: Sequence[str], indices: Sequence[int] | None) -> None:
@@ -172,6 +195,7 @@ class EUScorer:
     def fingerprint(self) -> str:
         """Fingerprint of what this scorer computes: it changes with weights, adapters, tokenizer and settings."""
         settings = [self.encoder.columns, self.chat_template, self.max_length, self.tokens_per_batch]
+        settings += [self.layers, self.states_format] if self.states is not None else []
         models = [model for model in (self.model, self.reference_model) if model is not None]
         return fingerprint([*settings, self.scores], self.tokenizer, models)
 
@@ -183,6 +207,8 @@ class EUScorer:
 
 def _stored(value: Any, unscored: bool) -> Any:
     """A score as it is stored: a number in float64, those of tokens in float32; NaN, or none of them, if unscored."""
+    if isinstance(value, bytes):
+        return b"" if unscored else value
     value = np.asarray(value, np.float64)
     if value.ndim:
         return (value[:0] if unscored else value).astype(np.float32)

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..follow import find_decoder
 from ..network import UnsupportedBaseError
 from .config import SideTuningConfig
+from .following import place
 from .layer import SideTuningLayer
 
 NAME = "default"
@@ -26,9 +27,8 @@ def dry_run(base: nn.Module, config: SideTuningConfig) -> None:
             twin = type(base)(_config_of_twin(base)).eval()
             decoder = find_decoder(twin)
             decoder.module.register_forward_pre_hook(_Once(type(base).__name__))
-            parent, _, name = decoder.norm_path.rpartition(".")
             layer = SideTuningLayer(twin.get_submodule(decoder.norm_path), decoder).eval()
-            setattr(twin.get_submodule(parent), name, layer)
+            place(twin, decoder, layer)
             settings = copy(config)
             settings.compute_dtype = SideTuningConfig.compute_dtype
             layer.update_layer(NAME, settings, decoder.shape)

@@ -138,7 +138,7 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
             network = self.qst_side_network[adapter_name]
             target = device or self._base_device()
             devices = {parameter.device for parameter in network.parameters()}
-            if torch.device("meta") not in devices and devices != {target}:
+            if torch.device("meta") not in {*devices, target} and devices != {target}:
                 network.to(target)
 
     def _base_device(self) -> torch.device:

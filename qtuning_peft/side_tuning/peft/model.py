@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ...head import is_causal
 from ...loss import chunked_cross_entropy
 from ...reading import reading_from, reading_labels
-from ..follow import Decoder, find_decoder, follower_of
+from ..follow import Decoder, find_decoder, follower_of, stored_cross_entropy
 from ..network import SideNetwork
 from .config import SideTuningConfig
 from .dry_run import dry_run
@@ -78,9 +78,17 @@ class SideTuningModel(BaseTuner):
             raise
 
     def forward(self, *args: Any, chunked_loss: bool = False, **kwargs: Any) -> Any:
-        """The model's own forward; with `chunked_loss` and `labels` their loss (see `loss`), without logits."""
+        """The model's own forward; with `chunked_loss` and `labels` their loss (see `loss`), without logits.
+
+        With stored `states` (N + 2, tokens, d) of the base and their `labels` (1 + tokens,), the loss of these tokens.
+        """
         given = {name: value for name, value in kwargs.items() if value is not None}
         _warn_of_input_gradient(given)
+        if "states" in given:
+            loss = stored_cross_entropy(
+                self.model, given["states"], given["labels"], num_items=given.get("num_items_in_batch")
+            )
+            return CausalLMOutputWithPast(loss=loss)
         if not chunked_loss or not {"input_ids", "labels"} <= given.keys() or not is_causal(self.model):
             with self._reading(given):
                 return super().forward(*args, **kwargs)

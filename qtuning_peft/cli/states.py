@@ -1,0 +1,45 @@
+"""`qtuning states`: the base's pass over a data set, stored (see `stored`)."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..eu_plane.files import read_data
+from ..loading import load_model
+from ..side_tuning import SideTuningConfig
+from ..states.format import FORMATS
+from ..stored import MANIFEST, compute_states
+from .data import Overwrite, Split, columns_from, console
+
+
+def states(
+    data: Annotated[Path, typer.Argument(help="Data: .jsonl, .parquet, or a folder of save_to_disk.")],
+    model: Annotated[str, typer.Argument(help="Base model: a folder, or a name on the Hub.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder that the states go to.")],
+    split: Split = None,
+    tap_every: Annotated[int, typer.Option(help="Tap every how-many-th block; as in the side network.")] = 3,
+    states_format: Annotated[str, typer.Option(help=f"How states are stored. {FORMATS.describe()}.")] = "bfloat16",
+    load_in_4bit: Annotated[bool, typer.Option(help="Quantize the model to NF4 with bitsandbytes.")] = False,
+    gguf_file: Annotated[str | None, typer.Option(help="GGUF file in the model's folder.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's.")] = "auto",
+    overwrite: Overwrite = False,
+    **options: Any,
+) -> None:
+    """Score a data set and store the base's hidden states, from which side networks train without the base.
+
+    Interrupted and started again, it goes on where it stopped. The folder can be pruned like any scored data.
+    """
+    if output.is_file():
+        raise ValueError(f"{output} is a file; name a folder.")
+    if (output / MANIFEST).is_file() and not overwrite:
+        raise ValueError(f"{output} is there already; choose another output, or give --overwrite.")
+    if options.pop("reference_model", None):
+        raise ValueError("--reference-model is given, but stored states are of one model; score with it by itself.")
+    options["columns"] = columns_from(options["columns"])
+    rows = read_data(data, split)
+    loaded, tokenizer = load_model(model, load_in_4bit, gguf_file, dtype)
+    config = SideTuningConfig(tap_every=tap_every)
+    stored = compute_states(rows, loaded, tokenizer, config, output, states_format=states_format, **options)
+    size = sum(file.stat().st_size for file in output.iterdir())
+    console.print(f"{len(stored)} rows, {size / 2**20:.0f} MiB of states: {output}", highlight=False)
