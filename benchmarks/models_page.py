@@ -23,6 +23,11 @@ def quantizer_rows() -> list[Row]:
     return [found[name] for name in QUANTIZERS if name in found]
 
 
+def mebibytes(row: Row) -> str:
+    """The weights as loaded, and after the first pass, in which some quantizers unpack them."""
+    return f"{row['bytes'] / 2**20:.0f}, {row['running_bytes'] / 2**20:.0f}"
+
+
 def quantizers(_: Path) -> str:
     """What side tuning was run on, and what LoRA does on the same base."""
     found = [row for row in quantizer_rows() if "refused" not in row]
@@ -30,12 +35,12 @@ def quantizers(_: Path) -> str:
         return not_measured(COMMAND)
     lines = [
         [
-            row["quantizer"], row["package"], f"`{row['layer']}`", f"{row['bytes'] / 2**20:.0f}",
-            "yes" if row["trains"] else "no", "works", row["lora"],
+            row["quantizer"], row["package"], f"`{row['layer']}`", mebibytes(row), "yes" if row["trains"] else "no",
+            "works", row["lora"],
         ]
         for row in found
     ]  # fmt: skip
-    header = ["base", "by", "linear layer", "MiB", "its quantizer says it trains", "side tuning", "LoRA"]
+    header = ["base", "by", "linear layer", "MiB loaded, running", "its quantizer trains", "side tuning", "LoRA"]
     return f"{markdown(header, lines)}\n\n{source(found, COMMAND)}"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.gsm8k import prompt_of, read_rows
@@ -35,6 +36,29 @@ class Quantizer:
     def version(self) -> str:
         """Name and version of the package, as a row shows them."""
         return f"{self.package} {version(self.package)}"
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of all weights and buffers with the scales of quantized ones, wherever a package keeps them."""
+    storages: dict[int, int] = {}
+
+    def see(value: Any) -> None:
+        if isinstance(value, dict):  # HQQ's
+            for part in value.values():
+                see(part)
+        elif hasattr(value, "__tensor_flatten__"):  # torchao's and Quanto's
+            for name in value.__tensor_flatten__()[0]:
+                see(getattr(value, name))
+        elif isinstance(value, Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        for name in ("quant_state", "absmax", "code", "offset", "state2", "SCB"):  # bitsandbytes'
+            if (part := getattr(value, name, None)) is not None:
+                see(part)
+
+    for module in model.modules():
+        for value in (*module.parameters(recurse=False), *module.buffers(recurse=False), getattr(module, "meta", None)):
+            see(value)
+    return sum(storages.values())
 
 
 def full_precision(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -76,7 +100,7 @@ def packed_gguf(folder: Path) -> Any:
     for index, layer in enumerate(model.model.layers):
         for owner in (layer.self_attn, layer.mlp):
             for name, dense in list(owner.named_children()):
-                if isinstance(dense, torch.nn.Linear):
+                if isinstance(dense, nn.Linear):
                     tensor = tensors[f"blk.{index}.{names[name]}.weight"]
                     packed = GgufLinear(dense.in_features, dense.out_features, int(tensor.tensor_type))
                     rows = torch.from_numpy(tensor.data.copy())
@@ -96,7 +120,7 @@ def bitnet(folder: Path, kept: Path) -> Any:
         model = full_precision(folder)
         tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         for name, module in model.model.named_modules(prefix="model"):
-            if isinstance(module, torch.nn.Linear):
+            if isinstance(module, nn.Linear):
                 scale = 1 / module.weight.detach().abs().mean()
                 tensors[f"{name}.weight"] = pack_weights((module.weight.detach() * scale).round().clamp(-1, 1))
                 tensors[f"{name}.weight_scale"] = scale[None]
@@ -167,7 +191,7 @@ def compressed_tensors(folder: Path, kept: Path, scheme: str, dtype: torch.dtype
     return full_precision(kept, dtype)
 
 
-def calibration_texts(folder: Path, count: int = 32) -> list[str]:
+def calibration_texts(folder: Path, count: int = 16) -> list[str]:
     """What calibrated quantizers see: questions and answers of the training set, through the chat template."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return [prompt_of(tokenizer, row["question"]) + row["answer"] for row in read_rows("train", count)]
