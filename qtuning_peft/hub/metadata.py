@@ -17,9 +17,11 @@ from huggingface_hub import EvalResult
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # imported there, not exported
 from peft import PeftModel
+from transformers import DynamicCache
 
 from ..eu_plane.batching import eval_mode
 from ..head import causal_model
+from ..states.prefix import cache_name
 
 TOKENS = 32
 
@@ -96,7 +98,7 @@ def slowdown(model: PeftModel, input_ids: Sequence[int], seconds: float = 1.0) -
     tokens = torch.tensor([list(input_ids[:TOKENS])], device=base.device)  # (1, length)
     prompt = tokens.shape[1] // 2
     # By whether the side network runs.
-    caches: dict[bool, Any] = {True: None, False: None}
+    caches = {tuned: {cache_name(base.forward): DynamicCache(config=base.config)} for tuned in (True, False)}
     fastest = {True: math.inf, False: math.inf}
     began = time.perf_counter()
     try:
@@ -105,10 +107,9 @@ def slowdown(model: PeftModel, input_ids: Sequence[int], seconds: float = 1.0) -
                 for tuned in fastest:
                     with nullcontext() if tuned else model.disable_adapter():
                         start = time.perf_counter()
-                        output = base(input_ids=part, past_key_values=caches[tuned], use_cache=True)
-                        output.logits[0, -1, 0].item()  # waits for the device
+                        logits = base(input_ids=part, use_cache=True, **caches[tuned]).logits
+                        logits[0, -1, 0].item()  # waits for the device
                         taken = time.perf_counter() - start
-                    caches[tuned] = output.past_key_values
                     if count:  # not the prompt's
                         fastest[tuned] = min(fastest[tuned], taken)
                 if count >= 4 and time.perf_counter() - began > seconds:

@@ -10,7 +10,7 @@ training, by a loss that declares that none of them is read (see `reading`).
 """
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -120,9 +120,9 @@ def _refuse_reading(gradient: Tensor, length: int) -> None:
         )
 
 
-def cache_name(follower: Follower) -> str:
-    """What the decoder calls its key-value cache: `cache` in transformers from 5.24 on, before `past_key_values`."""
-    return next((name for name in CACHE_NAMES if name in inspect.signature(follower).parameters), CACHE_NAMES[-1])
+def cache_name(forward: Callable[..., Any]) -> str:
+    """What a model calls its key-value cache: `cache` in transformers from 5.24 on, before `past_key_values`."""
+    return next((name for name in CACHE_NAMES if name in inspect.signature(forward).parameters), CACHE_NAMES[-1])
 
 
 def is_prefix(inputs: Mapping[str, Any]) -> bool:
