@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -44,7 +45,8 @@ class Manifest:
         layers: The tapped blocks, of `num_layers`.
         fingerprint: Of the base, its quantization, tokenizer and settings.
         tokenizer: Fingerprint of the tokenizer's vocabulary, where known.
-        parts: Files of the rows, in order.
+        parts: Files of the rows, in order; each ends in a checksum of its own.
+        head: Checksum of the head's file.
     """
 
     base: str
@@ -55,6 +57,7 @@ class Manifest:
     fingerprint: str
     tokenizer: str | None
     parts: tuple[str, ...]
+    head: str
     rows: int
     version: int = VERSION
 
@@ -115,7 +118,7 @@ def compute_states(
             unfinished.write_text(json.dumps(settings, indent=1, default=str), encoding="utf-8")
         manifest = Manifest(
             base.name_or_path, scorer.layers, shape.num_layers, shape.hidden_size, states_format, scorer.fingerprint(),
-            tokenizer_fingerprint(base.name_or_path, None), tuple(parts), len(dataset),
+            tokenizer_fingerprint(base.name_or_path, None), tuple(parts), _checksum(folder / HEAD), len(dataset),
         )  # fmt: skip
         # Last: a folder without it is not finished.
         with replacing(folder / MANIFEST) as unfinished:
@@ -164,8 +167,8 @@ class StatesCollator:
 def model_from_states(folder: str | Path, config: SideTuningConfig) -> Any:
     """A side-tuned model without its base: the head is loaded, every other weight of the base is empty.
 
-    It learns from the batches of [`StatesCollator`] alone, in any `Trainer` with `remove_unused_columns=False`; its
-    adapter is like any other.
+    It runs no tokens. It learns from the batches of [`StatesCollator`], in any `Trainer` with
+    `remove_unused_columns=False`; its adapter is like any other.
 
     Raises:
         ValueError: when `config` taps other blocks than were stored.
@@ -183,6 +186,8 @@ def model_from_states(folder: str | Path, config: SideTuningConfig) -> Any:
             f"The side network taps blocks {[*config.layers(shape)]}, but the states are of {[*manifest.layers]}; set "
             "tap_every or layers_to_transform accordingly, or compute other states."
         )
+    if _checksum(folder / HEAD) != manifest.head:
+        raise ValueError(f"{folder / HEAD} is missing or damaged; compute the states again, which keeps their parts.")
     base.get_output_embeddings().load_state_dict(load_file(folder / HEAD), assign=True)
     config = copy(config)
     config.task_type = config.task_type or "CAUSAL_LM"
@@ -196,6 +201,15 @@ def model_from_states(folder: str | Path, config: SideTuningConfig) -> Any:
                 setattr(module, name, torch.empty(0))
     base.get_output_embeddings().requires_grad_(False)
     return model
+
+
+def _checksum(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    if file.is_file():
+        with file.open("rb") as content:
+            while chunk := content.read(2**24):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _refuse_attention(config: SideTuningConfig) -> None:

@@ -225,6 +225,10 @@ def test_damaged_states_are_never_read(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="is missing or damaged"):
             load_states(folder)
         file.write_bytes(content)
+    head = folder / HEAD
+    head.write_bytes(head.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match=r"head.safetensors is missing or damaged"):
+        model_from_states(folder, SideTuningConfig(**FIELDS))
     files[0].unlink()
     stored(tmp_path, "int8")
     assert load_states(folder).to_dict() == expected

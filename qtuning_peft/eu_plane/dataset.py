@@ -85,10 +85,6 @@ def prune(
 def _score(
     dataset: Dataset, scorer: EUScorer, resume_dir: str | os.PathLike[str] | None, rows_per_part: int, progress: bool
 ) -> Dataset:
-    if not len(dataset):
-        raise ValueError("The data is empty; there is nothing to score.")
-    refuse_own(dataset.column_names)
-    scorer.encoder.format_of(dataset.column_names)
     look, dataset = dataset.format, dataset.with_format(None)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(resume_dir or temporary)
@@ -105,6 +101,10 @@ def score_parts(
     dataset: Dataset, scorer: EUScorer, folder: Path, rows_per_part: int, progress: bool
 ) -> Iterator[tuple[Path, Dataset]]:
     """Every part's file in `folder`, and what it holds, in memory; only what is not there, or damaged, is computed."""
+    if not len(dataset):
+        raise ValueError("The data is empty; there is nothing to score.")
+    refuse_own(dataset.column_names)
+    scorer.encoder.format_of(dataset.column_names)
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = scorer.fingerprint()
     with tqdm(total=len(dataset), desc="Scoring", unit=" rows", disable=not progress) as bar:
