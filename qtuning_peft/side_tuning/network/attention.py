@@ -24,8 +24,6 @@ from .shape import BaseShape, UnsupportedBaseError
 
 # What attention implementations read beside the mask; the base's blocks pass them through as well.
 ATTENTION_ARGUMENTS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-# Of a base block's arguments, all that its side block reads.
-READ_ARGUMENTS = ("attention_mask", "position_embeddings", *ATTENTION_ARGUMENTS)
 _FIRST_SIDE_LAYER = "first_side_layer"
 _ADAPTER = "side_adapter"
 
