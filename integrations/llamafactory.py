@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Any
 
 import typer
@@ -75,11 +74,7 @@ def _entry(data: Dataset) -> dict[str, Any]:
             f"The data's columns are {', '.join(data.column_names)}; LLaMA-Factory reads messages, conversations, "
             "instruction and output, or prompt and completion as strings: use `tokenized` instead."
         )
-    # A row that has lost tokens keeps its error, the mean over all of them.
-    if columns >= {"error", "token_error"} and any(
-        row["token_error"] and abs(fmean(row["token_error"]) - row["error"]) > 1e-4 * (1 + row["error"])
-        for row in data.select_columns(["error", "token_error"])
-    ):
+    if "trimmed_tokens" in columns and any(data["trimmed_tokens"]):
         raise ValueError(
             "The data has trimmed samples, which its texts do not show; prune with --token-ratio 1, or use `tokenized`."
         )

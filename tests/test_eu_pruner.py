@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 from algorithm_1 import keep_tokens
 from conftest import word_tokenizer
 from datasets import Dataset
+from qtuning_peft.integrations.llamafactory import register
 
 from qtuning_peft import EUPruner
+from qtuning_peft.eu_plane.files import write_data
 from qtuning_peft.eu_plane.scores import repeated
 from qtuning_peft.eu_plane.selection import SAMPLE_STRATEGIES
 from qtuning_peft.eu_plane.tokens import keep_lowest, neighbour_scores, pieces_of, protected_tokens
@@ -301,3 +304,21 @@ def test_wrong_data_is_one_sentence() -> None:
         EUPruner(sample_ratio=0.5).fit(scored.to_iterable_dataset())
     with pytest.raises(ValueError, match="None of the 5 rows can be kept"):
         EUPruner(sample_ratio=0.5, max_repetition=0.0).fit(scored.map(lambda row: {"repetition": 1.0}))
+
+
+def test_trimmed_rows_say_so_and_are_refused_where_texts_are_read(tmp_path: Path) -> None:
+    scored = scored_data(100)
+    text = ["w1 w2"] * len(scored)
+    scored = scored.add_column("prompt", text).add_column("completion", text)
+    whole = scored.map(EUPruner(sample_ratio=0.5).fit(scored), batched=True)
+    trimmed = scored.map(EUPruner(sample_ratio=0.5, token_ratio=0.5).fit(scored), batched=True)
+    assert "trimmed_tokens" not in whole.column_names
+    assert any(trimmed["trimmed_tokens"])
+    for row in trimmed:
+        assert row["trimmed_tokens"] + row["supervised_tokens"] == scored[row["id"]]["supervised_tokens"]
+
+    write_data(whole, tmp_path / "whole.jsonl")
+    write_data(trimmed, tmp_path / "trimmed.jsonl")
+    register(tmp_path / "whole.jsonl", "mine", tmp_path / "dataset_info.json")
+    with pytest.raises(ValueError, match="trimmed samples, which its texts do not show"):
+        register(tmp_path / "trimmed.jsonl", "mine", tmp_path / "dataset_info.json")

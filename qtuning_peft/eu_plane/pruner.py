@@ -202,6 +202,7 @@ class EUPruner:
     def __call__(self, rows: Mapping[str, Sequence[Any]], indices: Sequence[int] | None = None) -> dict[str, list[Any]]:
         """Prune a batch of scored rows: the same columns and `quadrant`, kept rows alone, their `labels` trimmed.
 
+        Where tokens are trimmed, `trimmed_tokens` says how many of a row, as its text does not.
         `indices` are those of `map(..., with_indices=True)`, and not needed.
         """
         columns = columns_of(rows)
@@ -213,11 +214,13 @@ class EUPruner:
         if not known.issuperset(map(str, columns.get("quadrant", ()))):
             raise ValueError("The data has a column quadrant of its own, which pruning would replace; rename it.")
         require({"input_ids", "labels", *TOKEN_STRATEGIES[self.token_strategy].columns}, columns)
-        result: dict[str, list[Any]] = {name: [] for name in (*columns, "quadrant")}
+        counted = ["trimmed_tokens"] if self.token_ratio < 1 else []
+        result: dict[str, list[Any]] = {name: [] for name in (*columns, "quadrant", *counted)}
         for index, quadrant in enumerate(self.quadrants(columns)):
             if quadrant not in KEEP and not self.keep_dropped:
                 continue
             row = {name: column[index] for name, column in columns.items()} | {"quadrant": str(quadrant)}
+            row = dict.fromkeys(counted, 0) | row
             if quadrant in TRIM and self.token_ratio < 1:
                 row = self.trim(row)
             for name, value in row.items():
@@ -240,7 +243,8 @@ class EUPruner:
         kept = self.kept_tokens(row)
         labels = np.array(row["labels"], np.int64)
         labels[np.flatnonzero(labels != IGNORE_INDEX)[~kept]] = IGNORE_INDEX
-        trimmed = dict(row) | {"labels": labels.tolist(), "supervised_tokens": int(kept.sum())}
+        count = row.get("trimmed_tokens", 0) + int((~kept).sum())
+        trimmed = dict(row) | {"labels": labels.tolist(), "supervised_tokens": int(kept.sum()), "trimmed_tokens": count}
         for name in token_columns() & row.keys():
             if len(row[name]) != len(kept):
                 raise mismatch(len(kept), len(row[name]))
