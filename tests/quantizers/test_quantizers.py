@@ -87,7 +87,7 @@ def test_a_side_network_on_a_quantized_base(name: str, checkpoint: Path, tmp_pat
     base = quantizer.load(checkpoint, tmp_path / "kept")
     layer = base.model.layers[0].mlp.up_proj
     tensor = getattr(layer, "weight", None)
-    kind = type(layer).__name__ + (f" of {type(tensor).__name__}" if "Tensor" in type(tensor).__name__ else "")
+    kind = type(layer).__name__ + (f" of {type(tensor).__name__}" if "Tensor" in type(tensor).__name__[1:] else "")
     loaded = stored_bytes(base)
     # Some quantizers unpack or repack in their first pass.
     expected = logits(base, ids)
