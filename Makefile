@@ -1,4 +1,4 @@
-.PHONY: demo test test-axolotl test-swift test-llamafactory test-lm-eval bench-cpu bench-gpu bench-quality bench-docs format clean
+.PHONY: demo test test-axolotl test-swift test-llamafactory test-lm-eval test-quantizers bench-cpu bench-gpu bench-quality bench-docs format clean
 
 demo:  ## install in .venv and run the demo
 	bash scripts/demo.sh
@@ -17,6 +17,9 @@ test-llamafactory:  ## the same for LLaMA-Factory
 
 test-lm-eval:  ## the same for lm-evaluation-harness
 	bash scripts/test_lm_eval.sh
+
+test-quantizers:  ## every quantization that a CPU can run, in environments beside the first
+	bash scripts/test_quantizers.sh
 
 PYTHON ?= .venv/bin/python
 
@@ -38,9 +41,10 @@ bench-gpu:  ## every GPU grid, nine minutes at a time (status 75 means that runs
 	$(PYTHON) -m benchmarks.generation --base llama-2-7b --four-bit --device cuda
 	$(PYTHON) -m benchmarks.page
 
-bench-docs:  ## docs/benchmarks.md and docs/quality.md from the rows in benchmarks/results
+bench-docs:  ## docs/benchmarks.md, docs/quality.md and the tables of docs/models.md from the rows in benchmarks/results
 	$(PYTHON) -m benchmarks.page
 	$(PYTHON) -m benchmarks.quality.page
+	$(PYTHON) -m benchmarks.models_page
 
 DATA ?= data
 

@@ -14,6 +14,7 @@ from benchmarks.quantizers import QUANTIZERS
 from benchmarks.rows import Row
 
 DOCUMENT = HERE.parent / "docs" / "models.md"
+WHICH_BASE = 'python -m benchmarks.quality.quantized_bases --data data --bases "bitsandbytes NF4" "HQQ, 4 bits"'
 COMMAND = "QUANTIZER_ROWS=1 bash scripts/test_quantizers.sh"
 
 
@@ -53,7 +54,32 @@ def refused_quantizers(_: Path) -> str:
     return markdown(["base", "by", "on a CPU"], lines)
 
 
-TABLES: Tables = {"quantizers": quantizers, "refused-quantizers": refused_quantizers}
+def quantized_bases(_: Path) -> str:
+    """What each quantization of the whole model loses, weighs and takes, and what a side network learns beside it."""
+    found = newest(rows.read("quantized_bases"), lambda row: (row["base"], row["rows"], row["seed"]))
+    if not found:
+        return not_measured(WHICH_BASE)
+    lines = [
+        [
+            row["base"], mebibytes(row), f"{row['speed']:.2f}", f"{row['base_loss']:.3f}", row["rows"],
+            "-" if row["loss"] is None else f"{row['loss']:.3f}",
+        ]
+        for row in sorted(found, key=lambda row: row["base_loss"])
+    ]  # fmt: skip
+    header = [
+        "base",
+        "MiB loaded, running",
+        "forward's speed, of float32's",
+        "loss",
+        "training rows",
+        "loss after them",
+    ]
+    return f"{markdown(header, lines)}\n\n{source(found, WHICH_BASE)}"
+
+
+TABLES: Tables = {
+    "quantizers": quantizers, "refused-quantizers": refused_quantizers, "quantized-bases": quantized_bases,
+}  # fmt: skip
 
 if __name__ == "__main__":
     main(DOCUMENT, TABLES, __doc__)

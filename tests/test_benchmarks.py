@@ -16,7 +16,7 @@ import torch
 REPOSITORY = Path(__file__).parent.parent
 if not (REPOSITORY / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not installed with the package", allow_module_level=True)
-from benchmarks import bases, document, grid, methods, page, rows, saved_for_backward, step  # noqa: E402
+from benchmarks import bases, document, grid, methods, models_page, page, rows, saved_for_backward, step  # noqa: E402
 from benchmarks.quality import page as quality_page  # noqa: E402
 
 
@@ -162,7 +162,7 @@ def labels(svg: Path) -> list[str]:
     return re.findall(r"<!-- (.*?) -->", svg.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("pages", [page, quality_page], ids=["benchmarks", "quality"])
+@pytest.mark.parametrize("pages", [page, quality_page, models_page], ids=["benchmarks", "quality", "models"])
 def test_the_committed_page_is_what_the_committed_rows_give(
     pages: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,14 +43,22 @@ class Learner:
         steps: Steps in all, for the schedule.
         seed: Of new weights.
         epochs: With several, a side network caches the base's hidden states in the first.
+        base: To train beside; else it is loaded as the method asks.
     """
 
     def __init__(
-        self, method: methods.Method, task: Task, rate: float, steps: int, seed: int, epochs: float = 1
+        self,
+        method: methods.Method,
+        task: Task,
+        rate: float,
+        steps: int,
+        seed: int,
+        epochs: float = 1,
+        base: Any = None,
     ) -> None:
         self.method, self.task, self.rate, self.steps = method, task, rate, steps
         self.step_number, self.clock, self.tokens = 0, 0.0, 0
-        base = load_base(task, method.four_bit, seed)
+        base = load_base(task, method.four_bit, seed) if base is None else base
         torch.manual_seed(seed)
         self.model = methods.apply(method, base, "CAUSAL_LM" if task.labels is None else "SEQ_CLS")
         self.optimizer = methods.optimizer(method, self.model, rate)
