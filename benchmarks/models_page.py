@@ -50,7 +50,7 @@ def refused_quantizers(_: Path) -> str:
     found = [row for row in quantizer_rows() if "refused" in row]
     if not found:
         return not_measured(COMMAND)
-    lines = [[row["quantizer"], row["package"], f"`{row['refused']}`"] for row in found]
+    lines = [[row["quantizer"], row["package"], row["refused"]] for row in found]
     return markdown(["base", "by", "on a CPU"], lines)
 
 

@@ -46,7 +46,7 @@ def stored_bytes(model: nn.Module) -> int:
         if isinstance(value, dict):  # HQQ's
             for part in value.values():
                 see(part)
-        elif hasattr(value, "__tensor_flatten__"):  # torchao's and Quanto's
+        elif hasattr(value, "__tensor_flatten__"):  # torchao's
             for name in value.__tensor_flatten__()[0]:
                 see(getattr(value, name))
         elif isinstance(value, Tensor):
@@ -184,6 +184,8 @@ def compressed_tensors(folder: Path, kept: Path, scheme: str, dtype: torch.dtype
                     module.weight_global_scale.data.copy_(overall)
                 scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), chosen.weights, overall)
                 module.weight_scale.data.copy_(scale)
+                if hasattr(module, "input_global_scale"):  # NVFP4's, of activations: taken as they are
+                    module.input_global_scale.data.fill_(1)
         compressor = ModelCompressor.from_pretrained_model(model)
         compressor.compress_model(model)
         model.save_pretrained(kept)
@@ -241,8 +243,6 @@ QUANTIZERS = {
     "compressed-tensors NVFP4": Quantizer(
         "compressed-tensors", partial(compressed_tensors, scheme="NVFP4", dtype=torch.bfloat16)
     ),
-    "Quanto int4": Quantizer("optimum-quanto", by_config("QuantoConfig", weights="int4")),
-    "Quanto int8": Quantizer("optimum-quanto", by_config("QuantoConfig", weights="int8")),
     # Not on a CPU.
     "torchao int4 weights (stable configuration)": Quantizer(
         "torchao", torchao("Int4WeightOnlyConfig", group_size=GROUP), "conversion"

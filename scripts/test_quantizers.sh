@@ -31,6 +31,6 @@ arguments=("$@")
 beside shared
 beside gptq
 run .venv "bitsandbytes transformers"
-run .venv-quantizers/shared "torchao hqq compressed-tensors auto-round optimum-quanto"
+run .venv-quantizers/shared "torchao hqq compressed-tensors auto-round"
 run .venv-quantizers/gptq gptqmodel
 exit $failed
