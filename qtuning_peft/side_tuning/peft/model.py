@@ -131,6 +131,9 @@ class SideTuningModel(BaseTuner):
     def _reading(self, given: dict[str, Any]) -> AbstractContextManager[None]:
         if not self.training:
             return nullcontext()
+        # Decoders taken out of an encoder-decoder do not shift their labels.
+        if hasattr(self.model.config, "decoder_layers"):
+            return nullcontext()
         if is_causal(self.model):
             return reading_labels(given.get("labels"))
         # transformers' classifiers read the last token of a row.
