@@ -26,7 +26,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, __
 from transformers.utils import logging
 
 from benchmarks.common import HERE
-from benchmarks.document import filled, markdown
+from benchmarks.document import markdown
 from benchmarks.small_bases import SIZES, VOCABULARY, families, small_base
 from qtuning_peft import SideTuningConfig
 from qtuning_peft.states import cache_states, reuse_of
@@ -234,8 +234,10 @@ def main() -> None:
 
 def write(document: Path, rows: list[dict[str, str]]) -> None:
     """Put the table into `document`."""
-    text = document.read_text(encoding="utf-8")
-    document.write_text(filled(text, document.parent, {"families": lambda _: table(rows)}), encoding="utf-8")
+    before, rest = document.read_text(encoding="utf-8").split("<!-- families -->", 1)
+    behind = rest.split("<!-- end families -->", 1)[1]
+    text = f"{before}<!-- families -->\n{table(rows)}\n<!-- end families -->{behind}"
+    document.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

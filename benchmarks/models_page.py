@@ -5,9 +5,10 @@ python -m benchmarks.models_page
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from benchmarks import rows
+from benchmarks import families, rows
 from benchmarks.common import HERE
 from benchmarks.document import Tables, main, markdown, newest, not_measured, source
 from benchmarks.quantizers import QUANTIZERS
@@ -78,6 +79,7 @@ def quantized_bases(_: Path) -> str:
 
 
 TABLES: Tables = {
+    "families": lambda _: families.table(json.loads(families.RESULTS.read_text(encoding="utf-8"))),
     "quantizers": quantizers, "refused-quantizers": refused_quantizers, "quantized-bases": quantized_bases,
 }  # fmt: skip
 

@@ -48,8 +48,9 @@ class HiddenStateCache:
         else:
             states = BaseStates(self.layers)
             with torch.no_grad():
-                states.output = follower.run(AtPositions(states, read), **inputs)
-            if states.output.last_hidden_state.shape[:2] != read.shape:
+                recorder = AtPositions(states, read)
+                states.output = follower.run(recorder, **inputs)
+            if not recorder.matches or states.output.last_hidden_state.shape[:2] != read.shape:
                 return None
             # Nothing but the hidden state: a key-value cache would be that of this batch.
             states.output = type(states.output)(last_hidden_state=states.output.last_hidden_state[:, :0])

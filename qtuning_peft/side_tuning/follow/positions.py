@@ -26,10 +26,13 @@ class AtPositions:
     def __init__(self, listener: Listener, read: Tensor) -> None:
         self.listener, self.read = listener, read
         self.layers: Collection[int] = listener.layers
+        # Some bases put tokens of their own in front (CPM-Ant): then all positions are handed on.
+        self.matches = True
         self.rows, self.columns = read.nonzero(as_tuple=True)  # each (tokens,)
 
     def begin(self, embeddings: Tensor, call: BlockCall) -> None:
         """Hand on the embeddings."""
+        self.matches = embeddings.shape[:2] == self.read.shape
         self.listener.begin(self.at(embeddings), call)
 
     def block(self, index: int, hidden_states: Tensor, call: BlockCall) -> None:
@@ -38,7 +41,8 @@ class AtPositions:
 
     def end(self, normed: Tensor) -> Tensor:
         """The final norm's output, (batch, length, d), with the listener's result in its places."""
-        return self.put(normed, self.listener.end(self.at(normed)))
+        mixed = self.listener.end(self.at(normed))
+        return self.put(normed, mixed) if self.matches else mixed
 
     def put(self, whole: Tensor, states: Tensor) -> Tensor:
         """`whole` (batch, length, d) with `states` (1, tokens, d) in their places."""
@@ -50,6 +54,8 @@ class AtPositions:
 
     def at(self, states: Tensor) -> Tensor:
         """Of (batch, length, d) those that are read, (1, tokens, d)."""
+        if not self.matches:
+            return states
         return states[self.rows.to(states.device), self.columns.to(states.device)].unsqueeze(0)
 
     def _refuse_reading(self, gradient: Tensor) -> None:
