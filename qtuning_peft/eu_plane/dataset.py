@@ -117,7 +117,7 @@ def score_parts(
                 scorer.on_progress = bar.update
                 part = Dataset.from_dict(scorer(rows, indices))
                 scorer.on_progress = None
-                _write_part(file, part.data.table)
+                write_part(file, part.data.table)
             else:
                 bar.set_postfix_str("resumed")
             # Rows that were not run, or as several samples.
@@ -126,7 +126,8 @@ def score_parts(
             yield file, part
 
 
-def _write_part(file: Path, table: pa.Table) -> None:
+def write_part(file: Path, table: pa.Table) -> None:
+    """Write `table` to `file`, with a checksum behind it."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
