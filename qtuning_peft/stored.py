@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from .atomic import alone_with, clean_up_after_killed, replacing
 from .eu_plane.dataset import Parts, refuse_shards, require_part, score_parts
 from .eu_plane.engine import Engine
+from .eu_plane.pruner import EUPruner
 from .eu_plane.scorer import EUScorer
 from .processes import SharedWork
 from .reading import IGNORE_INDEX
@@ -33,6 +34,7 @@ from .side_tuning import SideTuningConfig
 from .side_tuning.follow import find_decoder
 from .side_tuning.peft.untrusted import tokenizer_fingerprint
 from .states.format import FORMATS
+from .view import VIEW, read_view, view_rows, write_view
 
 MANIFEST, HEAD = "states.json", "head.safetensors"
 VERSION = 1
@@ -152,8 +154,14 @@ def finish(folder: Path, manifest: Manifest, files: Sequence[Path], rows: int) -
 
 
 def load_states(folder: str | Path) -> Dataset:
-    """The rows of a folder of states, mapped from its files; a `ValueError` when one is missing or damaged."""
-    folder = Path(folder)
+    """The rows of a folder of states, or of a view of one, mapped from its files.
+
+    Raises:
+        ValueError: when a file is missing or damaged.
+    """
+    if (states := states_of(folder)) != Path(folder):
+        return view_rows(Path(folder), load_states(states))
+    folder = states
     manifest = Manifest.read(folder)
     files = [folder / name for name in manifest.parts]
     for file in files:
@@ -164,16 +172,47 @@ def load_states(folder: str | Path) -> Dataset:
     return rows
 
 
-class StatesCollator:
-    """Makes a batch of stored rows, one behind the other: `states` (N + 2, tokens, d) and `labels` (1 + tokens,).
+def states_of(folder: str | Path) -> Path:
+    """The folder that holds the states of `folder`: itself, or the one that it is a view of."""
+    folder = Path(folder)
+    if not (folder / VIEW).is_file():
+        return folder
+    states, checksum = read_view(folder)
+    if _checksum(states / MANIFEST) != checksum:
+        raise ValueError(f"{folder} is a view of {states}, which is missing or has changed; prune the states again.")
+    return states
 
-    The first label is -100: trainers count labels from the second on, as nothing predicts the first of a row.
+
+def prune_states(folder: str | Path, pruner: EUPruner, output: str | Path) -> Dataset:
+    """Prune stored states: `output` becomes a view of the rows and tokens that are kept, without a copy of the states.
+
+    Args:
+        folder: Of states.
+        pruner: What to keep. It is fitted here.
+        output: The folder to make.
+
+    Returns:
+        Its rows, as [`load_states`] reads them.
+    """
+    folder, rows = Path(folder), load_states(folder)
+    if states_of(folder) != folder:
+        raise ValueError(f"{folder} is pruned already; prune {states_of(folder)} with other settings.")
+    write_view(rows, pruner, folder, _checksum(folder / MANIFEST), Path(output))
+    return load_states(output)
+
+
+class StatesCollator:
+    """Makes a batch of stored rows, one behind the other.
+
+    It has `states` (N + 2, tokens, d) of the N blocks `state_layers` (N,), `labels` (1 + tokens,), and `row_tokens`
+    (rows,), how many are of each row. The first label is -100: trainers count labels from the second on, as nothing
+    predicts the first of a row.
 
     Tokens whose label has been taken back, by pruning, are left out.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.manifest = Manifest.read(Path(folder))
+        self.manifest = Manifest.read(states_of(folder))
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The batch."""
@@ -185,37 +224,49 @@ class StatesCollator:
             kept = own != IGNORE_INDEX
             states.append(stored[:, kept])
             labels.append(own[kept])
-        return {"labels": torch.cat([torch.tensor([IGNORE_INDEX]), *labels]), "states": torch.cat(states, dim=1)}
+        return {
+            "labels": torch.cat([torch.tensor([IGNORE_INDEX]), *labels]), "states": torch.cat(states, dim=1),
+            "row_tokens": torch.tensor([len(row) for row in labels]),
+            "state_layers": torch.tensor(self.manifest.layers, dtype=torch.int64),
+        }  # fmt: skip
 
 
-def model_from_states(folder: str | Path, config: SideTuningConfig) -> Any:
+def model_from_states(folder: str | Path, config: SideTuningConfig | Mapping[str, SideTuningConfig]) -> Any:
     """A side-tuned model without its base: the head is loaded, every other weight of the base is empty.
 
-    It runs no tokens. It learns from the batches of [`StatesCollator`], in any `Trainer` with
+    It has one adapter of `config`, or several, of configurations by their names; they must read what was stored. It
+    runs no tokens. It learns from the batches of [`StatesCollator`], in any `Trainer` with
     `remove_unused_columns=False`; its adapter is like any other.
 
     Raises:
-        ValueError: when `config` taps other blocks than were stored.
+        ValueError: when a side network taps other blocks than were stored.
     """
-    folder = Path(folder)
+    folder = states_of(folder)
     manifest = Manifest.read(folder)
-    _refuse_attention(config)
+    configs = dict(config) if isinstance(config, Mapping) else {"default": config}
     settings = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(settings)
     base.config.name_or_path = base.name_or_path = manifest.base
     shape = find_decoder(base).shape
-    if tuple(config.layers(shape)) != tuple(manifest.layers):
-        raise ValueError(
-            f"The side network taps blocks {[*config.layers(shape)]}, but the states are of {[*manifest.layers]}; set "
-            "tap_every or layers_to_transform accordingly, or compute other states."
-        )
+    for each in configs.values():
+        _refuse_attention(each)
+        if not {*each.layers(shape)} <= {*manifest.layers}:
+            raise ValueError(
+                f"The side network taps blocks {each.layers(shape)}, but the states are of {[*manifest.layers]}; set "
+                "tap_every or layers_to_transform accordingly, or compute other states."
+            )
     if _checksum(folder / HEAD) != manifest.head:
         raise ValueError(f"{folder / HEAD} is missing or damaged; compute the states again, which keeps their parts.")
     base.get_output_embeddings().load_state_dict(load_file(folder / HEAD), assign=True)
-    config = copy(config)
-    config.task_type = config.task_type or "CAUSAL_LM"
-    model: Any = get_peft_model(base, config)
+    model: Any = None
+    for name, each in configs.items():
+        own = copy(each)
+        own.task_type = own.task_type or "CAUSAL_LM"
+        if model is None:
+            model = get_peft_model(base, own, adapter_name=name)
+        else:
+            model.add_adapter(name, own)
     for module in base.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:

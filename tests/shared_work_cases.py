@@ -22,7 +22,7 @@ from qtuning_peft.eu_plane import dataset as scoring
 from qtuning_peft.side_tuning.follow import find_decoder
 
 RANK = int(os.environ.get("RANK", "0"))
-write_part = scoring._write_part
+write_part = scoring.write_part
 
 
 def data() -> Dataset:
@@ -47,7 +47,7 @@ def states(case: str, folder: Path) -> str:
         with (folder / "written").open("a") as log:
             log.write(f"{RANK} {file.name}\n")
 
-    scoring._write_part = noting
+    scoring.write_part = noting
     model: Any = tiny()
     if case == "sharded":
         for block in find_decoder(model).blocks:
@@ -59,7 +59,7 @@ def states(case: str, folder: Path) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        scoring._write_part = write_part
+        scoring.write_part = write_part
 
 
 def main(folder: Path, cases: list[str]) -> None:

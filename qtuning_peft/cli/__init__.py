@@ -13,6 +13,7 @@ from . import data as commands
 from .hub import info, pull, push
 from .recipes import app as recipes_app
 from .states import states
+from .train import train
 
 app = typer.Typer(name="qtuning", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
@@ -67,6 +68,7 @@ def sft(context: typer.Context) -> None:
 
 app.command()(commands.Command(commands.score, EUScorer))
 app.command()(commands.Command(states, EUScorer))
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 app.command()(commands.Command(commands.prune, EUPruner))
 app.command()(commands.Command(commands.plot, EUPruner))
 for command in (push, pull, info):

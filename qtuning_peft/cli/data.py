@@ -23,14 +23,15 @@ from safetensors import SafetensorError
 
 from ..atomic import alone_with
 from ..eu_plane.dataset import score as score_dataset
-from ..eu_plane.files import JSON_LINES, check_output, read_data, write_data
+from ..eu_plane.files import check_output, read_data, write_data
 from ..eu_plane.plot import plot_plane
 from ..eu_plane.pruner import EUPruner
 from ..eu_plane.report import write_report
 from ..loading import load_model, load_tokenizer
 from ..processes import SharedWork
 from ..registry import help_of
-from ..stored import MANIFEST, load_states
+from ..stored import MANIFEST, load_states, prune_states
+from ..view import STATES, VIEW
 
 console = Console(stderr=True)
 
@@ -149,12 +150,21 @@ def prune(
     overwrite: Overwrite = False,
     **options: Any,
 ) -> None:
-    """Keep the best of scored data. Runs no model: prune again with other ratios as often as you like."""
-    check_output(output, overwrite)
+    """Keep the best of scored data. Runs no model: prune again with other ratios as often as you like.
+
+    Of a folder of states, a folder as output is a view: it names rows and labels, and copies no states.
+    """
     pruner = make_pruner(options)
+    if ((data / MANIFEST).is_file() or (data / VIEW).is_file()) and not output.suffix:
+        if output.exists() and not overwrite:
+            raise ValueError(f"{output} is there already; choose another output, or give --overwrite.")
+        prune_states(data, pruner, output)
+        console.print(f"{pruner.pruned}: {output}", highlight=False)
+        return
+    check_output(output, overwrite)
     rows = read_scored(data, split)
-    if output.suffix.lower() in JSON_LINES:  # which has no bytes
-        rows = rows.remove_columns([name for name in ("states", "state_tokens") if name in rows.column_names])
+    # Files have no use for them, and lines no bytes.
+    rows = rows.remove_columns([name for name in STATES if name in rows.column_names])
     pruner.fit(rows)
     with alone_with(output):
         write_data(rows.map(pruner, batched=True, keep_in_memory=True), output, overwrite)
@@ -197,7 +207,8 @@ def remove_parts(folder: Path) -> None:
 
 def read_scored(path: Path, split: str | None) -> Dataset:
     """Scored data, or a folder of states."""
-    return load_states(path) if (path / MANIFEST).is_file() else read_data(path, split)
+    stored = (path / MANIFEST).is_file() or (path / VIEW).is_file()
+    return load_states(path) if stored else read_data(path, split)
 
 
 def columns_from(entries: list[str] | None) -> dict[str, str]:

@@ -137,7 +137,7 @@ class Parts:
         """The file of `rows`, which `indices` number in messages, finished."""
         file = self.file(rows)
         if read_part(file) is None:
-            _write_part(file, Dataset.from_dict(self.scorer(rows, indices)).data.table)
+            write_part(file, Dataset.from_dict(self.scorer(rows, indices)).data.table)
         return file
 
 
@@ -171,7 +171,8 @@ def score_parts(dataset: Dataset, parts: Parts, rows_per_part: int, progress: bo
     return [files[index] for index in range(len(bounds))]
 
 
-def _write_part(file: Path, table: pa.Table) -> None:
+def write_part(file: Path, table: pa.Table) -> None:
+    """Write `table` to `file`, with a checksum behind it."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
