@@ -28,6 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from qtuning_peft.hub.metadata import TrainingMetadata
 from qtuning_peft.loading import load_tokenizer
+from qtuning_peft.side_tuning import SideTuningConfig
 from qtuning_peft.stored import Manifest, StatesCollator, load_states, model_from_states, states_of
 from qtuning_peft.sweep import RESULTS, Candidate, SweepTrainer, candidates, plot_sweep
 from qtuning_peft.view import pruned_view
@@ -95,12 +96,9 @@ class Recipe:
         (self.arguments,) = HfArgumentParser(TrainingArguments).parse_dict(settings)
         self.sweep: list[Candidate] = []
         self.keep_all = False
-        if (sweep := content.get("sweep")) is not None:
-            if not isinstance(sweep, Mapping):
-                raise ValueError(f"sweep is {sweep!r}; give settings, each with a list of values.")
-            values = dict(sweep)
-            self.keep_all = bool(values.pop("keep_all", False))
-            self.sweep = candidates(self.config, values, self.arguments.learning_rate, self.arguments.seed)
+        if content.get("sweep") is not None:
+            rate, seed = self.arguments.learning_rate, self.arguments.seed
+            self.sweep, self.keep_all = read_sweep(content["sweep"], self.config, rate, seed)
             if not self.validation:
                 raise ValueError(
                     "sweep needs validation, by which the best network is chosen; give a share, or a folder."
@@ -149,6 +147,15 @@ class Recipe:
         return rows, validation, str(pruner.pruned)
 
 
+def read_sweep(content: Any, config: SideTuningConfig, rate: float, seed: int) -> tuple[list[Candidate], bool]:
+    """The networks of a block `sweep` around `config`, and whether all are saved."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"sweep is {content!r}; give settings, each with a list of values.")
+    values = with_numbers(content)
+    keep_all = bool(values.pop("keep_all", False))
+    return candidates(config, values, rate, seed), keep_all
+
+
 def with_numbers(value: Any) -> Any:
     """`value`, in which words like 1e-3 are the numbers that people mean: YAML 1.1 wants 1.0e-3."""
     if isinstance(value, Mapping):
@@ -192,7 +199,7 @@ def train(folder: Path, recipe: Recipe, overwrite: bool, console: Console) -> Pa
         trainer.evaluate()
     trainer.save_model()
     if recipe.sweep:
-        _show(trainer, output, console)
+        show_sweep(trainer, output, console)
     return output
 
 
@@ -203,8 +210,8 @@ def _tokenizer(model: Any) -> Any:
     return None
 
 
-def _show(trainer: SweepTrainer, folder: Path, console: Console) -> None:
-    """The sweep's table, and its plot where matplotlib is installed."""
+def show_sweep(trainer: SweepTrainer, folder: Path, console: Console) -> None:
+    """Print the sweep's table, and write its plot to `folder` where matplotlib is installed."""
     rows = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     settings = [key for key in rows[0] if key not in ("name", "eval_loss", "best")]
     table = Table("network", *settings, "validation loss", "")

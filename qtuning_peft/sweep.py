@@ -252,6 +252,8 @@ class SweepTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         model: Any = self.model
+        if not self.losses and self.eval_dataset is not None:
+            self.evaluate()
         best = self.best
         with TemporaryDirectory() as temporary:
             model.set_adapter(best.name)
