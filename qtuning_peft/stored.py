@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .atomic import alone_with, clean_up_after_killed, replacing
-from .eu_plane.dataset import Parts, refuse_shards, require_part, score_parts
+from .eu_plane.dataset import Parts, is_whole, refuse_shards, score_parts
 from .eu_plane.engine import Engine
 from .eu_plane.pruner import EUPruner
 from .eu_plane.scorer import EUScorer
@@ -165,7 +165,8 @@ def load_states(folder: str | Path) -> Dataset:
     manifest = Manifest.read(folder)
     files = [folder / name for name in manifest.parts]
     for file in files:
-        require_part(file)
+        if not is_whole(file):
+            raise ValueError(f"{file} is missing or damaged; compute the states again, which keeps the other parts.")
     rows = concatenate_datasets([Dataset.from_file(str(file)) for file in files])
     if len(rows) != manifest.rows:
         raise ValueError(f"{folder} holds {len(rows)} rows, its manifest says {manifest.rows}; compute them again.")
@@ -222,7 +223,7 @@ class StatesCollator:
             parts = len(self.manifest.layers) + 2
             stored = FORMATS[self.manifest.format].decode(row["states"], parts, self.manifest.hidden_size)
             kept = own != IGNORE_INDEX
-            states.append(stored[:, kept])
+            states.append(stored if kept.all() else stored[:, kept])
             labels.append(own[kept])
         return {
             "labels": torch.cat([torch.tensor([IGNORE_INDEX]), *labels]), "states": torch.cat(states, dim=1),
