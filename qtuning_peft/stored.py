@@ -195,7 +195,7 @@ class StatesCollator:
             parts = len(self.manifest.layers) + 2
             stored = FORMATS[self.manifest.format].decode(row["states"], parts, self.manifest.hidden_size)
             kept = own != IGNORE_INDEX
-            states.append(stored[:, kept])
+            states.append(stored if kept.all() else stored[:, kept])
             labels.append(own[kept])
         return {
             "labels": torch.cat([torch.tensor([IGNORE_INDEX]), *labels]), "states": torch.cat(states, dim=1),
