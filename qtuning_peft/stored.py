@@ -9,8 +9,9 @@ that says what they were made with.
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from copy import copy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .atomic import alone_with, replacing
-from .eu_plane.dataset import read_part, score_parts
-from .eu_plane.engine import Engine, engine_of
+from .atomic import alone_with, clean_up_after_killed, replacing
+from .eu_plane.dataset import Parts, refuse_shards, require_part, score_parts
+from .eu_plane.engine import Engine
 from .eu_plane.pruner import EUPruner
 from .eu_plane.scorer import EUScorer
+from .processes import SharedWork
 from .reading import IGNORE_INDEX
 from .side_tuning import SideTuningConfig
 from .side_tuning.follow import find_decoder
@@ -87,7 +89,8 @@ def compute_states(
 ) -> Dataset:  # fmt: skip
     """Score a data set and store the states that a side network of `config` would read, in one pass of the base.
 
-    Killed and started again, it computes only what is not there.
+    Killed and started again, it computes only what is not there. The processes of a process group (`accelerate launch`)
+    share the work: all of them call it, with the same arguments, each with the model whole, and a folder they all see.
 
     Args:
         dataset, model, tokenizer: As in [`score`]; the model is the base alone, or another [`Engine`].
@@ -95,34 +98,59 @@ def compute_states(
         folder: Where the states go.
         states_format: bfloat16, float16, float32 or int8.
         rows_per_part: Rows in a file.
-        progress: Show a progress bar.
+        progress: Show a progress bar, in the first process.
         **scoring: Of [`EUScorer`].
 
     Returns:
         The rows as [`load_states`] reads them.
     """
-    _refuse_attention(config)
-    folder, engine = Path(folder), engine_of(model)
-    shape, head = engine.shape(), engine.head()
-    scorer = EUScorer(engine, tokenizer, states=config, states_format=states_format, **scoring)
+    if rows_per_part < 1:
+        raise ValueError(f"rows_per_part is {rows_per_part}; choose at least 1.")
+    folder = Path(folder)
+    parts = parts_of_states(model, tokenizer, config, folder, states_format, **scoring)
     folder.mkdir(parents=True, exist_ok=True)
-    with alone_with(folder):
-        rows = score_parts(dataset.with_format(None), scorer, folder, rows_per_part, progress)
-        parts = [file.name for file, _ in rows]
-        with replacing(folder / HEAD) as unfinished:
-            save_file(head, unfinished)
-        settings = engine.config.to_dict()
-        settings.pop("quantization_config", None)
-        with replacing(folder / "config.json") as unfinished:
-            unfinished.write_text(json.dumps(settings, indent=1, default=str), encoding="utf-8")
-        manifest = Manifest(
-            engine.name, scorer.layers, shape.num_layers, shape.hidden_size, states_format, scorer.fingerprint(),
-            tokenizer_fingerprint(engine.name, None), tuple(parts), _checksum(folder / HEAD), len(dataset),
-        )  # fmt: skip
-        # Last: a folder without it is not finished.
-        with replacing(folder / MANIFEST) as unfinished:
-            unfinished.write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
+    with SharedWork() as work, alone_with(folder) if work.main else nullcontext():
+        refuse_shards(parts.scorer, work)
+        if work.main:
+            clean_up_after_killed(folder)
+            manifest = describe(parts)
+        files = score_parts(dataset.with_format(None), parts, rows_per_part, progress, work)
+        if work.main:
+            finish(folder, manifest, files, len(dataset))
     return load_states(folder)
+
+
+def parts_of_states(
+    model: nn.Module | Engine, tokenizer: Any, config: SideTuningConfig, folder: Path, states_format: str,
+    **scoring: Any,
+) -> Parts:  # fmt: skip
+    """Parts with the states that a side network of `config` would read, to be computed."""
+    _refuse_attention(config)
+    scorer = EUScorer(model, tokenizer, states=config, states_format=states_format, **scoring)
+    return Parts(scorer, folder)
+
+
+def describe(parts: Parts) -> Manifest:
+    """The manifest of `parts`, still without rows; the base's head and configuration are written."""
+    engine, scorer, folder = parts.scorer.engine, parts.scorer, parts.folder
+    shape = engine.shape()
+    with replacing(folder / HEAD) as unfinished:
+        save_file(engine.head(), unfinished)
+    settings = engine.config.to_dict()
+    settings.pop("quantization_config", None)
+    with replacing(folder / "config.json") as unfinished:
+        unfinished.write_text(json.dumps(settings, indent=1, default=str), encoding="utf-8")
+    return Manifest(
+        engine.name, scorer.layers, shape.num_layers, shape.hidden_size, scorer.states_format, parts.fingerprint,
+        tokenizer_fingerprint(engine.name, None), (), _checksum(folder / HEAD), 0,
+    )  # fmt: skip
+
+
+def finish(folder: Path, manifest: Manifest, files: Sequence[Path], rows: int) -> None:
+    """Write the manifest: last, as a folder without it is not finished."""
+    manifest = replace(manifest, parts=tuple(file.name for file in files), rows=rows)
+    with replacing(folder / MANIFEST) as unfinished:
+        unfinished.write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
 
 
 def load_states(folder: str | Path) -> Dataset:
@@ -137,8 +165,7 @@ def load_states(folder: str | Path) -> Dataset:
     manifest = Manifest.read(folder)
     files = [folder / name for name in manifest.parts]
     for file in files:
-        if read_part(file) is None:
-            raise ValueError(f"{file} is missing or damaged; compute the states again, which keeps the other parts.")
+        require_part(file)
     rows = concatenate_datasets([Dataset.from_file(str(file)) for file in files])
     if len(rows) != manifest.rows:
         raise ValueError(f"{folder} holds {len(rows)} rows, its manifest says {manifest.rows}; compute them again.")

@@ -6,13 +6,15 @@ Files of JSON lines, Parquet, or folders of `Dataset.save_to_disk`; what the out
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from functools import update_wrapper
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+import torch
 import typer
+from accelerate import PartialState
 from datasets import Dataset
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # imported there, not exported
 from rich.console import Console
@@ -26,6 +28,7 @@ from ..eu_plane.plot import plot_plane
 from ..eu_plane.pruner import EUPruner
 from ..eu_plane.report import write_report
 from ..loading import load_model, load_tokenizer
+from ..processes import SharedWork
 from ..registry import help_of
 from ..stored import MANIFEST, load_states, prune_states
 from ..view import STATES, VIEW
@@ -116,22 +119,28 @@ def score(
 ) -> None:
     """Score every sample on the Error-Uncertainty plane.
 
-    Interrupted and started again, it goes on where it stopped. Rows may have messages, prompt and completion,
-    instruction and output, text, or input_ids and labels.
+    Interrupted and started again, it goes on where it stopped. Under `accelerate launch -m qtuning_peft.cli score ...`
+    processes share the rows. Rows may have messages, prompt and completion, instruction and output, text, or input_ids
+    and labels.
     """
     check_output(output, overwrite)
     options["columns"] = columns_from(options["columns"])
     parts = resume_dir or output.with_name(f"{output.name}.parts")
-    with alone_with(output):
+    process = PartialState(cpu=not torch.cuda.is_available())  # one of several, if launched so
+    with SharedWork() as work, alone_with(output) if work.main else nullcontext():
         rows = read_data(data, split)
         loaded, tokenizer = load_model(model, load_in_4bit, gguf_file, dtype)
         if options["reference_model"]:
             options["reference_model"] = load_model(options["reference_model"], load_in_4bit, dtype=dtype)[0]
-        scored = score_dataset(rows, loaded, tokenizer, resume_dir=parts, **options)
-        write_data(scored, output, overwrite)
-        if resume_dir is None:
-            remove_parts(parts)
-    console.print(f"{len(scored)} rows scored: {output}", highlight=False)
+        scored = score_dataset(rows, loaded, tokenizer, resume_dir=parts, work=work, **options)
+        # All have read the parts.
+        work.meet()
+        if work.main:
+            write_data(scored, output, overwrite)
+            if resume_dir is None:
+                remove_parts(parts)
+            console.print(f"{len(scored)} rows scored: {output}", highlight=False)
+    process.destroy_process_group()
 
 
 def prune(

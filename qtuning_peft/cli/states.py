@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
+from accelerate import PartialState
 
 from ..eu_plane.files import read_data
 from ..loading import load_model
@@ -28,7 +30,8 @@ def states(
 ) -> None:
     """Score a data set and store the base's hidden states, from which side networks train without the base.
 
-    Interrupted and started again, it goes on where it stopped. The folder can be pruned like any scored data.
+    Interrupted and started again, it goes on where it stopped. Under `accelerate launch -m qtuning_peft.cli states ...`
+    processes share the rows. The folder can be pruned like any scored data.
     """
     if output.is_file():
         raise ValueError(f"{output} is a file; name a folder.")
@@ -37,9 +40,12 @@ def states(
     if options.pop("reference_model", None):
         raise ValueError("--reference-model is given, but stored states are of one model; score with it by itself.")
     options["columns"] = columns_from(options["columns"])
+    process = PartialState(cpu=not torch.cuda.is_available())  # one of several, if launched so
     rows = read_data(data, split)
     loaded, tokenizer = load_model(model, load_in_4bit, gguf_file, dtype)
     config = SideTuningConfig(tap_every=tap_every)
     stored = compute_states(rows, loaded, tokenizer, config, output, states_format=states_format, **options)
     size = sum(file.stat().st_size for file in output.iterdir())
-    console.print(f"{len(stored)} rows, {size / 2**20:.0f} MiB of states: {output}", highlight=False)
+    if process.is_main_process:
+        console.print(f"{len(stored)} rows, {size / 2**20:.0f} MiB of states: {output}", highlight=False)
+    process.destroy_process_group()

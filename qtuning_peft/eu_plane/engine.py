@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..head import causal_model
+from ..sharding import is_sharded
 from ..side_tuning.follow import find_decoder
 from ..side_tuning.network import BaseShape
 from .batching import PLANE, run
@@ -29,11 +30,13 @@ class Engine(ABC):
         name: The model's name or folder.
         config: Its configuration.
         vocabulary: Number of tokens that it has embeddings for.
+        together: Whether the processes of the process group have to run every pass together.
     """
 
     name: str
     config: Any
     vocabulary: int
+    together: bool = False
 
     @property
     def scores(self) -> Collection[str]:
@@ -78,6 +81,7 @@ class TransformersEngine(Engine):
         self.model, self.base = model, causal_model(model)
         self.name, self.config = self.base.name_or_path, self.base.config
         self.vocabulary = self.base.get_input_embeddings().weight.shape[0]
+        self.together = is_sharded(model) or (getattr(self.base, "tp_size", None) or 1) > 1
 
     def run(self, *args: Any, **kwargs: Any) -> dict[str, list[np.ndarray]]:
         """See [`Engine`]."""

@@ -199,8 +199,12 @@ class EUScorer:
         """Fingerprint of what this scorer computes: it changes with weights, adapters, tokenizer and settings."""
         settings = [self.encoder.columns, self.chat_template, self.max_length, self.tokens_per_batch]
         settings += [self.layers, self.states_format] if self.states is not None else []
-        second = [] if self.reference_model is None else [engine_of(self.reference_model)]
-        return fingerprint([*settings, self.scores], self.tokenizer, [self.engine, *second])
+        return fingerprint([*settings, self.scores], self.tokenizer, self.engines)
+
+    @property
+    def engines(self) -> list[Engine]:
+        """What runs the model, and the reference model if there is one."""
+        return [self.engine, *([] if self.reference_model is None else [engine_of(self.reference_model)])]
 
     def __reduce__(self) -> Any:
         # `map` pickles its function to name its cache; copying a whole model for that would cost more than scoring.
