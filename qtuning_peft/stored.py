@@ -19,6 +19,7 @@ import torch
 import xxhash
 from datasets import Dataset, concatenate_datasets
 from peft import get_peft_model
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -34,9 +35,12 @@ from .side_tuning import SideTuningConfig
 from .side_tuning.follow import find_decoder
 from .side_tuning.peft.untrusted import tokenizer_fingerprint
 from .states.format import FORMATS
+from .states.projection import CHANNELS, PROJECTION, Projection, check_format, format_of
 from .view import VIEW, read_view, view_rows, write_view
 
-MANIFEST, HEAD = "states.json", "head.safetensors"
+MANIFEST, HEAD, PROJECTED = "states.json", "head.safetensors", "projection.safetensors"
+# A projection is fitted to so many tokens for each channel, where there are, from so many rows at a time.
+FITTED_TOKENS, FITTED_AT_ONCE = 16, 32
 VERSION = 1
 
 
@@ -77,7 +81,7 @@ class Manifest:
             ) from error
         if found.version != VERSION:
             raise ValueError(f"{folder} has states of version {found.version}, not {VERSION}; compute them anew.")
-        FORMATS.check(found.format)
+        check_format(found.format)
         if any(Path(name).name != name for name in found.parts):
             raise ValueError(f"{folder / MANIFEST} names parts outside of the folder; get it again.")
         return found
@@ -85,7 +89,8 @@ class Manifest:
 
 def compute_states(
     dataset: Dataset, model: nn.Module | Engine, tokenizer: Any, config: SideTuningConfig, folder: str | Path, *,
-    states_format: str = "bfloat16", rows_per_part: int = 32, progress: bool = True, **scoring: Any,
+    states_format: str = "bfloat16", channels: int = CHANNELS, rows_per_part: int = 32, progress: bool = True,
+    **scoring: Any,
 ) -> Dataset:  # fmt: skip
     """Score a data set and store the states that a side network of `config` would read, in one pass of the base.
 
@@ -96,7 +101,8 @@ def compute_states(
         dataset, model, tokenizer: As in [`score`]; the model is the base alone, or another [`Engine`].
         config: Whose blocks are tapped: `tap_every` or `layers_to_transform`.
         folder: Where the states go.
-        states_format: bfloat16, float16, float32 or int8.
+        states_format: bfloat16, float16, float32, int8 or projection.
+        channels: Of each tap, for `projection`, which is fitted to the first rows.
         rows_per_part: Rows in a file.
         progress: Show a progress bar, in the first process.
         **scoring: Of [`EUScorer`].
@@ -107,14 +113,19 @@ def compute_states(
     if rows_per_part < 1:
         raise ValueError(f"rows_per_part is {rows_per_part}; choose at least 1.")
     folder = Path(folder)
-    parts = parts_of_states(model, tokenizer, config, folder, states_format, **scoring)
+    dataset = dataset.with_format(None)
     folder.mkdir(parents=True, exist_ok=True)
     with SharedWork() as work, alone_with(folder) if work.main else nullcontext():
+        if states_format == PROJECTION:
+            if work.main:
+                fit_projection(dataset, model, tokenizer, config, folder, channels, **scoring)
+            work.meet()
+        parts = parts_of_states(model, tokenizer, config, folder, states_format, **scoring)
         refuse_shards(parts.scorer, work)
         if work.main:
             clean_up_after_killed(folder)
             manifest = describe(parts)
-        files = score_parts(dataset.with_format(None), parts, rows_per_part, progress, work)
+        files = score_parts(dataset, parts, rows_per_part, progress, work)
         if work.main:
             finish(folder, manifest, files, len(dataset))
     return load_states(folder)
@@ -126,8 +137,45 @@ def parts_of_states(
 ) -> Parts:  # fmt: skip
     """Parts with the states that a side network of `config` would read, to be computed."""
     _refuse_attention(config)
-    scorer = EUScorer(model, tokenizer, states=config, states_format=states_format, **scoring)
-    return Parts(scorer, folder)
+    check_format(states_format)
+    if states_format == PROJECTION:
+        scoring |= {"projection": read_projection(folder)}
+    else:
+        scoring |= {"states_format": states_format}
+    return Parts(EUScorer(model, tokenizer, states=config, **scoring), folder)
+
+
+def fit_projection(
+    dataset: Dataset, model: nn.Module | Engine, tokenizer: Any, config: SideTuningConfig, folder: Path, channels: int,
+    **scoring: Any,
+) -> None:  # fmt: skip
+    """Fit a projection to the first rows of `dataset`, unless `folder` has one of as many channels, and write it."""
+    if (folder / PROJECTED).is_file() and read_projection(folder).basis.shape[2] == channels:
+        return
+    _refuse_attention(config)
+    scorer = EUScorer(model, tokenizer, states=config, states_format="float32", **scoring)
+    parts, width = len(scorer.layers) + 2, scorer.engine.shape().hidden_size
+    found: list[Tensor] = []
+    for start in range(0, len(dataset), FITTED_AT_ONCE):
+        contents = scorer(dataset[start : start + FITTED_AT_ONCE])["states"]
+        found += [FORMATS["float32"].decode(content, parts, width) for content in contents]
+        if sum(states.shape[1] for states in found) >= FITTED_TOKENS * channels:
+            break
+    projection = Projection.fit(torch.cat(found, dim=1), channels)
+    with replacing(folder / PROJECTED) as unfinished:
+        save_file(projection.tensors(), unfinished, {"fingerprint": projection.fingerprint()})
+
+
+def read_projection(folder: Path) -> Projection:
+    """The projection in `folder`; a `ValueError` when it is missing or damaged."""
+    try:
+        with safe_open(folder / PROJECTED, "pt") as file:
+            projection = Projection.of({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            if (file.metadata() or {}).get("fingerprint") == projection.fingerprint():
+                return projection
+    except (OSError, SafetensorError, LookupError, TypeError):
+        pass
+    raise ValueError(f"{folder / PROJECTED} is missing or damaged; compute the states again in another folder.")
 
 
 def describe(parts: Parts) -> Manifest:
@@ -141,7 +189,8 @@ def describe(parts: Parts) -> Manifest:
     with replacing(folder / "config.json") as unfinished:
         unfinished.write_text(json.dumps(settings, indent=1, default=str), encoding="utf-8")
     return Manifest(
-        engine.name, scorer.layers, shape.num_layers, shape.hidden_size, scorer.states_format, parts.fingerprint,
+        engine.name, scorer.layers, shape.num_layers, shape.hidden_size,
+        scorer.states_format if scorer.projection is None else PROJECTION, parts.fingerprint,
         tokenizer_fingerprint(engine.name, None), (), _checksum(folder / HEAD), 0,
     )  # fmt: skip
 
@@ -213,7 +262,10 @@ class StatesCollator:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.manifest = Manifest.read(states_of(folder))
+        folder = states_of(folder)
+        self.manifest = Manifest.read(folder)
+        projection = read_projection(folder) if self.manifest.format == PROJECTION else None
+        self.format = format_of(self.manifest.format, projection)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The batch."""
@@ -221,7 +273,7 @@ class StatesCollator:
         for row in rows:
             own = torch.as_tensor(row["labels"])[torch.as_tensor(row["state_tokens"], dtype=torch.int64)]  # (n,)
             parts = len(self.manifest.layers) + 2
-            stored = FORMATS[self.manifest.format].decode(row["states"], parts, self.manifest.hidden_size)
+            stored = self.format.decode(row["states"], parts, self.manifest.hidden_size)
             kept = own != IGNORE_INDEX
             states.append(stored if kept.all() else stored[:, kept])
             labels.append(own[kept])

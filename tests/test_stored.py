@@ -103,6 +103,35 @@ def test_a_loss_of_rounded_states(name: str, bound: float, tmp_path: Path) -> No
     assert alone(**StatesCollator(folder)(list(rows))).loss.item() == pytest.approx(expected, rel=bound)
 
 
+def test_a_projection_keeps_what_rows_have_in_common(tmp_path: Path) -> None:
+    """Fewer bytes, the final state whole; more channels come closer; killed, damaged and other channels are noticed."""
+    distances, sizes = [], []
+    exact_folder, exact_rows = stored(tmp_path / "exact")
+    exact = StatesCollator(exact_folder)(list(exact_rows))["states"]
+    for channels in (4, 16, 48):
+        folder, rows = stored(tmp_path / str(channels), "projection", channels=channels)
+        live, alone = alike(folder)
+        expected = chunked_cross_entropy(live, **live_batch(data())).item()
+        batch = StatesCollator(folder)(list(rows))
+        assert alone(**batch).loss.item() == pytest.approx(expected, abs=1e-2)
+        torch.testing.assert_close(batch["states"][-1], exact[-1], rtol=0, atol=2e-2 * exact[-1].abs().max().item())
+        distances.append((batch["states"][:-1] - exact[:-1]).norm().item())
+        sizes.append(sum(len(row["states"]) for row in rows) / sum(rows["supervised_tokens"]))
+    assert sizes == [3 * (channels + 2) + 66 for channels in (4, 16, 48)]
+    assert distances == sorted(distances, reverse=True)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    next(iter(sorted(folder.glob("*.arrow")))).unlink()
+    stored(tmp_path / "48", "projection", channels=48)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    damaged = bytearray(before["projection.safetensors"])
+    damaged[-5] ^= 1
+    (folder / "projection.safetensors").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"projection.safetensors is missing or damaged"):
+        StatesCollator(folder)
+    with pytest.raises(ValueError, match="channels is 64; choose at least 1, and fewer than the base's width 64"):
+        stored(tmp_path / "many", "projection", channels=64)
+
+
 def trained(model: Any, rows: Any, collator: Any, folder: Path, **settings: Any) -> Trainer:
     arguments = TrainingArguments(
         folder, num_train_epochs=2, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[], use_cpu=True,

@@ -27,7 +27,7 @@ from benchmarks.quality.tasks import load
 from benchmarks.step import positive
 from qtuning_peft import SideTuningConfig, StatesCollator, compute_states, load_states, model_from_states
 from qtuning_peft.states.format import FORMATS, Format
-from qtuning_peft.states.projection import Projection
+from qtuning_peft.states.projection import Projection, format_of
 
 NAME = "formats"
 RATE, BATCH = 1e-3, 8
@@ -120,7 +120,7 @@ def main() -> None:
     formats = dict(FORMATS.items())
     first = torch.cat([states for states, _ in parts["train"].rows[:FIRST]], dim=1)
     for channels in arguments.channels:
-        formats[PROJECTED.format(channels)] = Projection.fit(first, channels).format()
+        formats[PROJECTED.format(channels)] = format_of("projection", Projection.fit(first, channels))
     for name, chosen in formats.items():
         rounded, size = parts["train"].rounded(chosen)
         for seed in arguments.seeds:

@@ -4,7 +4,7 @@
 
 SmolLM2-135M-Instruct on GSM8K. A fresh side network changes nothing, so its loss is the base's. Forwards of one text of
 256 tokens are timed in turn with those of a float32 base, and only their ratio is kept. Rows go to
-`results/quantized_bases.jsonl`. Bases that need calibration see 128 training questions with their answers, and are kept
+`results/quantized_bases.jsonl`. Bases that need calibration see 32 training questions with their answers, and are kept
 beside the checkpoint.
 """
 
@@ -28,7 +28,7 @@ from benchmarks.quantizers import QUANTIZERS, auto_round, full_precision, gptq, 
 from benchmarks.step import positive, seconds
 
 NAME = "quantized_bases"
-CALIBRATED = {"GPTQ, 4 bits": partial(gptq, texts=128), "AutoRound W4A16": partial(auto_round, texts=128, steps=50)}
+CALIBRATED = {"GPTQ, 4 bits": partial(gptq, texts=32), "AutoRound W4A16": partial(auto_round, texts=32, steps=20)}
 FLOAT32 = "float32"
 RATE = 1e-3
 BATCH = 8

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from ..eu_plane.files import read_data
 from ..loading import load_model
 from ..side_tuning import SideTuningConfig
-from ..states.format import FORMATS
+from ..states.projection import CHANNELS, describe_formats
 from ..stored import MANIFEST, compute_states
 from .data import Overwrite, Split, columns_from, console
 
@@ -21,7 +21,8 @@ def states(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder that the states go to.")],
     split: Split = None,
     tap_every: Annotated[int, typer.Option(help="Tap every how-many-th block; as in the side network.")] = 3,
-    states_format: Annotated[str, typer.Option(help=f"How states are stored. {FORMATS.describe()}.")] = "bfloat16",
+    states_format: Annotated[str, typer.Option(help=f"How states are stored. {describe_formats()}.")] = "bfloat16",
+    channels: Annotated[int, typer.Option(help="Of each tap, for the format projection.")] = CHANNELS,
     load_in_4bit: Annotated[bool, typer.Option(help="Quantize the model to NF4 with bitsandbytes.")] = False,
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file in the model's folder.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's.")] = "auto",
@@ -44,7 +45,9 @@ def states(
     rows = read_data(data, split)
     loaded, tokenizer = load_model(model, load_in_4bit, gguf_file, dtype)
     config = SideTuningConfig(tap_every=tap_every)
-    stored = compute_states(rows, loaded, tokenizer, config, output, states_format=states_format, **options)
+    stored = compute_states(
+        rows, loaded, tokenizer, config, output, states_format=states_format, channels=channels, **options
+    )
     size = sum(file.stat().st_size for file in output.iterdir())
     if process.is_main_process:
         console.print(f"{len(stored)} rows, {size / 2**20:.0f} MiB of states: {output}", highlight=False)

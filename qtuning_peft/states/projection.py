@@ -7,14 +7,16 @@ head reads, keeps its d channels, in 8 bits.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
+import xxhash
 from torch import Tensor
 
 from .format import FORMATS, Format
 
-NAME = "projection"
+PROJECTION = "projection"
+CHANNELS = 256
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,18 @@ class Projection:
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "Projection":
         """Of what `tensors` gave."""
-        return cls(tensors["mean"], tensors["basis"], tensors["scale"])
+        return cls(**{field.name: tensors[field.name] for field in fields(cls)})
 
     def tensors(self) -> dict[str, Tensor]:
         """What it is made of."""
-        return {"mean": self.mean, "basis": self.basis, "scale": self.scale}
+        return {field.name: getattr(self, field.name).contiguous() for field in fields(self)}
+
+    def fingerprint(self) -> str:
+        """Of its content."""
+        digest = xxhash.xxh3_128()
+        for tensor in self.tensors().values():
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
 
     def encode(self, states: Tensor) -> bytes:
         """`states` (N + 2, tokens, d) as bytes."""
@@ -76,6 +85,19 @@ class Projection:
         found = torch.baddbmm(self.mean[:, None], coordinates, self.basis.transpose(1, 2))
         return torch.cat([found, from_8_bits(content[behind:], 1, width)])
 
-    def format(self) -> Format:
-        """As a format."""
-        return Format(self.encode, self.decode)
+
+def describe_formats() -> str:
+    """Every format and what it is, for help."""
+    own = f"{PROJECTION} (taps in 8 bits of their first principal components, k + 2 bytes; see channels)"
+    return f"{FORMATS.describe()}; {own}"
+
+
+def check_format(name: str) -> None:
+    """A `ValueError` when there is no format called `name`."""
+    if name != PROJECTION:
+        FORMATS.check(name)
+
+
+def format_of(name: str, projection: Projection | None = None) -> Format:
+    """The format called `name`."""
+    return FORMATS[name] if projection is None else Format(projection.encode, projection.decode)
