@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from .atomic import alone_with, clean_up_after_killed, replacing
 from .eu_plane.dataset import Parts, is_whole, refuse_shards, score_parts
-from .eu_plane.engine import Engine
+from .eu_plane.engine import Engine, engine_of
 from .eu_plane.pruner import EUPruner
 from .eu_plane.scorer import EUScorer
 from .processes import SharedWork
@@ -116,12 +116,12 @@ def compute_states(
     dataset = dataset.with_format(None)
     folder.mkdir(parents=True, exist_ok=True)
     with SharedWork() as work, alone_with(folder) if work.main else nullcontext():
+        refuse_shards([engine_of(model)], work)
         if states_format == PROJECTION:
             if work.main:
                 fit_projection(dataset, model, tokenizer, config, folder, channels, **scoring)
             work.meet()
         parts = parts_of_states(model, tokenizer, config, folder, states_format, **scoring)
-        refuse_shards(parts.scorer, work)
         if work.main:
             clean_up_after_killed(folder)
             manifest = describe(parts)

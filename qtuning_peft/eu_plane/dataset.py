@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from ..atomic import replacing
 from ..processes import SharedWork
+from .engine import Engine
 from .pruner import EUPruner
 from .scorer import EUScorer, refuse_own
 
@@ -56,7 +57,7 @@ def score(
     if isinstance(dataset, (IterableDataset, IterableDatasetDict)):
         return dataset.map(scorer, batched=True, batch_size=rows_per_part)
     work = work or SharedWork(shared=False)
-    refuse_shards(scorer, work)
+    refuse_shards(scorer.engines, work)
     scored = partial(
         _score, scorer=scorer, resume_dir=resume_dir, rows_per_part=rows_per_part, progress=progress, work=work
     )
@@ -110,9 +111,9 @@ def _score(
     return scored.with_format(look["type"], **look["format_kwargs"])
 
 
-def refuse_shards(scorer: EUScorer, work: SharedWork) -> None:
+def refuse_shards(engines: Sequence[Engine], work: SharedWork) -> None:
     """Refuse to share work where the processes have to run every pass of a model together."""
-    if work.count > 1 and any(engine.together for engine in scorer.engines):
+    if work.count > 1 and any(engine.together for engine in engines):
         raise ValueError(
             "The model is sharded: its processes run every pass together, and cannot share the rows; load it whole in "
             "each process, or run one process."
