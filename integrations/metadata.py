@@ -38,7 +38,9 @@ SHOWN = {
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps",
     "gradient_checkpointing", "bf16", "fp16", "seed", "qst", "eu_pruning",
 }  # fmt: skip
-SHOWN |= (QSTTrainingBlock.model_fields.keys() | EUPruningBlock.model_fields.keys()) - {"cache_path", "report_path"}
+SHOWN |= (QSTTrainingBlock.model_fields.keys() | EUPruningBlock.model_fields.keys()) - {
+    "cache_path", "report_path", "states"
+}  # fmt: skip
 NOT_PRUNED = "none in this training"
 PATH = re.compile(r"""(^|[\s"'=:,(\[])(~|/|\.\.?[/\\]|\\\\|[A-Za-z]:[/\\])|://|@""")
 

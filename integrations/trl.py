@@ -143,8 +143,9 @@ def main(arguments: list[str]) -> None:
             raise ValueError(
                 "sweep needs the block qst, and eval_strategy, by which the best network is chosen; set both."
             )
-        if qst.hidden_state_cache_gib is not None:
-            raise ValueError("qst.hidden_state_cache_gib has no effect in a sweep; leave it out.")
+        for name in ("hidden_state_cache_gib", "states"):
+            if getattr(qst, name) is not None:
+                raise ValueError(f"qst.{name} has no effect in a sweep; leave it out.")
         if "eu_pruning" in changes and changes["eu_pruning"].mode == "dynamic":
             raise ValueError(
                 "eu_pruning.mode is 'dynamic', but the networks of a sweep share their rows; choose static."

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from datasets import Dataset, concatenate_datasets
@@ -27,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from .atomic import alone_with, clean_up_after_killed, replacing
 from .eu_plane.dataset import Parts, is_whole, refuse_shards, score_parts
 from .eu_plane.engine import Engine, engine_of
+from .eu_plane.fingerprint import weights_of
 from .eu_plane.pruner import EUPruner
 from .eu_plane.scorer import EUScorer
 from .processes import SharedWork
@@ -36,6 +38,7 @@ from .side_tuning.follow import find_decoder
 from .side_tuning.peft.untrusted import tokenizer_fingerprint
 from .states.format import FORMATS
 from .states.projection import CHANNELS, PROJECTION, Projection, check_format, format_of
+from .states.stores import key_of
 from .view import VIEW, read_view, view_rows, write_view
 
 MANIFEST, HEAD, PROJECTED = "states.json", "head.safetensors", "projection.safetensors"
@@ -52,6 +55,7 @@ class Manifest:
         base: The base's name or folder.
         layers: The tapped blocks, of `num_layers`.
         fingerprint: Of the base, its quantization, tokenizer and settings.
+        weights: Fingerprint of the base's weights alone, where the engine shows them.
         tokenizer: Fingerprint of the tokenizer's vocabulary, where known.
         parts: Files of the rows, in order; each ends in a checksum of its own.
         head: Checksum of the head's file.
@@ -63,6 +67,7 @@ class Manifest:
     hidden_size: int
     format: str
     fingerprint: str
+    weights: str
     tokenizer: str | None
     parts: tuple[str, ...]
     head: str
@@ -190,7 +195,7 @@ def describe(parts: Parts) -> Manifest:
         unfinished.write_text(json.dumps(settings, indent=1, default=str), encoding="utf-8")
     return Manifest(
         engine.name, scorer.layers, shape.num_layers, shape.hidden_size,
-        scorer.states_format if scorer.projection is None else PROJECTION, parts.fingerprint,
+        scorer.states_format if scorer.projection is None else PROJECTION, parts.fingerprint, engine.weights(),
         tokenizer_fingerprint(engine.name, None), (), _checksum(folder / HEAD), 0,
     )  # fmt: skip
 
@@ -249,6 +254,45 @@ def prune_states(folder: str | Path, pruner: EUPruner, output: str | Path) -> Da
         raise ValueError(f"{folder} is pruned already; prune {states_of(folder)} with other settings.")
     write_view(rows, pruner, folder, _checksum(folder / MANIFEST), Path(output))
     return load_states(output)
+
+
+class StoredRows:
+    """The rows of a folder of states, for the hidden-state cache of a model that trains on the same rows.
+
+    See `states.stores`. It is read alone: rows that the folder does not hold are computed in every epoch.
+
+    Args:
+        folder: Of states, or a view of one.
+        base: The model that they must be of.
+
+    Raises:
+        ValueError: when they are of another base, or `layers` are not the stored blocks.
+    """
+
+    used = 0
+
+    def __init__(self, folder: str | Path, base: nn.Module, layers: Sequence[int]) -> None:
+        self.collator, self.rows = StatesCollator(folder), load_states(folder)
+        manifest = self.collator.manifest
+        if manifest.weights and manifest.weights != weights_of(base):
+            raise ValueError(f"The states in {folder} are of {manifest.base}, whose weights are not this base's.")
+        if sorted(layers) != sorted(manifest.layers):
+            raise ValueError(f"The states in {folder} are of blocks {[*manifest.layers]}, not of {sorted(layers)}.")
+        self.places: dict[bytes, int] = {}
+        for place, row in enumerate(self.rows.remove_columns("states")):
+            read = np.asarray(row["state_tokens"], np.int64) - 1
+            self.places[key_of(np.asarray(row["input_ids"], np.int64), read)] = place
+
+    def get(self, key: bytes) -> Tensor | None:
+        """The states (N + 2, n, d) of a row."""
+        place = self.places.get(key)
+        if place is None:
+            return None
+        manifest = self.collator.manifest
+        return self.collator.format.decode(self.rows[place]["states"], len(manifest.layers) + 2, manifest.hidden_size)
+
+    def add(self, key: bytes, states: Tensor) -> None:
+        """Nothing: the folder is finished."""
 
 
 class StatesCollator:

@@ -18,7 +18,7 @@ from ..sharding import is_sharded
 from ..side_tuning.follow import find_decoder
 from ..side_tuning.network import BaseShape
 from .batching import PLANE, run
-from .fingerprint import add_model
+from .fingerprint import add_model, weights_of
 from .scores import SCORES
 from .tokenized import Sample
 
@@ -69,6 +69,10 @@ class Engine(ABC):
     def head(self) -> dict[str, Tensor]:
         """The weights of the base's head, on the CPU, by their names in its module; a `ValueError` under an adapter."""
 
+    def weights(self) -> str:
+        """Fingerprint of the base's weights (`fingerprint.weights_of`); empty where the engine does not show them."""
+        return ""
+
     @abstractmethod
     def add_to(self, digest: xxhash.xxh3_128) -> None:
         """Add to `digest` everything that what this engine computes depends on."""
@@ -98,6 +102,10 @@ class TransformersEngine(Engine):
         return {
             name: tensor.cpu().contiguous() for name, tensor in self.base.get_output_embeddings().state_dict().items()
         }
+
+    def weights(self) -> str:
+        """See [`Engine`]."""
+        return weights_of(self.base)
 
     def add_to(self, digest: xxhash.xxh3_128) -> None:
         """See [`Engine`]."""
