@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import xxhash
 from datasets import Dataset, concatenate_datasets
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -35,7 +36,8 @@ from qtuning_peft.eu_plane.engine import Engine
 from qtuning_peft.side_tuning.follow import find_decoder
 from qtuning_peft.side_tuning.network import BaseShape
 from qtuning_peft.states.format import FORMATS
-from qtuning_peft.states.projection import PROJECTION
+from qtuning_peft.states.projection import CHANNELS, PROJECTION, Projection
+from qtuning_peft.stored import PROJECTED
 
 BASE, WORKERS = "llama-3-8b", (0, 2)
 
@@ -103,6 +105,8 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
     labels = [[-100] * options.prompt + row[options.prompt :] for row in ids]
     data = Dataset.from_dict({"input_ids": ids, "labels": labels})
     config = SideTuningConfig()
+    if name == PROJECTION:
+        write_projection(folder, config)
     compute_states(data, RandomEngine(), None, config, folder, states_format=name, rows_per_part=16, progress=False)
     size = sum(file.stat().st_size for file in folder.iterdir())
     seconds = {}
@@ -128,9 +132,19 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
     per_token = size / options.rows / options.answer
     return {
         "format": name, "base": BASE, "rows": options.rows, "supervised_tokens": options.answer,
-        "batch_size": options.batch_size, "rounds": options.rounds, "bytes": size, "bytes_per_supervised_token": per_token,
-        "seconds": seconds, "rows_per_second": speed,
+        "batch_size": options.batch_size, "rounds": options.rounds, "bytes": size, "seconds": seconds,
+        "bytes_per_supervised_token": per_token, "rows_per_second": speed,
     }  # fmt: skip
+
+
+def write_projection(folder: Path, config: SideTuningConfig) -> None:
+    """A random projection, which is found and not fitted: that takes minutes, and reading costs the same."""
+    base = RandomEngine().shape()
+    taps, width = len(config.layers(base)) + 1, base.hidden_size
+    basis = torch.linalg.qr(torch.randn(width, CHANNELS))[0].expand(taps, -1, -1).contiguous()
+    projection = Projection(torch.zeros(taps, width), basis, torch.ones(taps, CHANNELS))
+    folder.mkdir()
+    save_file(projection.tensors(), folder / PROJECTED, {"fingerprint": projection.fingerprint()})
 
 
 def read(data: Dataset, folder: Path, workers: int, options: argparse.Namespace) -> Any:
