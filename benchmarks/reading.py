@@ -108,13 +108,13 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
     if name == PROJECTION:
         write_projection(folder, config)
     compute_states(data, RandomEngine(), None, config, folder, states_format=name, rows_per_part=16, progress=False)
-    size = sum(file.stat().st_size for file in folder.iterdir())
+    size = sum(file.stat().st_size for file in folder.glob("*.arrow"))
     seconds = {}
     for temperature in ("cold", "warm"):
         drop(folder, temperature)
         seconds[f"open_{temperature}"] = timed(lambda: load_states(folder))
         drop(folder, temperature)
-        seconds[f"disk_{temperature}"] = timed(lambda: [file.read_bytes() for file in folder.iterdir()])
+        seconds[f"disk_{temperature}"] = timed(lambda: [file.read_bytes() for file in folder.glob("*.arrow")])
     speed: dict[str, float] = {}
     stored = load_states(folder)
     memory = concatenate_datasets([read_part(Path(file["filename"])) for file in stored.cache_files])
