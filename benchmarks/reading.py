@@ -30,14 +30,14 @@ from torch.utils.data import DataLoader
 from benchmarks import rows
 from benchmarks.bases import shape, skeleton
 from benchmarks.document import markdown
-from qtuning_peft import SideTuningConfig, StatesCollator, compute_states, load_states
+from qtuning_peft import EUScorer, SideTuningConfig, StatesCollator, compute_states, load_states
 from qtuning_peft.eu_plane.dataset import read_part
 from qtuning_peft.eu_plane.engine import Engine
 from qtuning_peft.side_tuning.follow import find_decoder
 from qtuning_peft.side_tuning.network import BaseShape
 from qtuning_peft.states.format import FORMATS
 from qtuning_peft.states.projection import CHANNELS, PROJECTION, Projection
-from qtuning_peft.stored import PROJECTED
+from qtuning_peft.stored.manifest import PROJECTED
 
 BASE, WORKERS = "llama-3-8b", (0, 2)
 
@@ -144,7 +144,9 @@ def write_projection(folder: Path, config: SideTuningConfig) -> None:
     basis = torch.linalg.qr(torch.randn(width, CHANNELS))[0].expand(taps, -1, -1).contiguous()
     projection = Projection(torch.zeros(taps, width), basis, torch.ones(taps, CHANNELS))
     folder.mkdir()
-    save_file(projection.tensors(), folder / PROJECTED, {"fingerprint": projection.fingerprint()})
+    fitted_to = EUScorer(RandomEngine(), states=config, states_format="float32").fingerprint()
+    known = {"fingerprint": projection.fingerprint(), "fitted_to": fitted_to}
+    save_file(projection.tensors(), folder / PROJECTED, known)
 
 
 def read(data: Dataset, folder: Path, workers: int, options: argparse.Namespace) -> Any:

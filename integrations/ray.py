@@ -17,7 +17,8 @@ from datasets import Dataset
 from qtuning_peft.atomic import alone_with, clean_up_after_killed
 from qtuning_peft.side_tuning import SideTuningConfig
 from qtuning_peft.states.projection import CHANNELS, PROJECTION
-from qtuning_peft.stored import Manifest, describe, finish, fit_projection, load_states, parts_of_states
+from qtuning_peft.stored import Manifest, load_states
+from qtuning_peft.stored.compute import describe, finish, fit_projection, parts_of_states
 
 
 class StatesWorker:
