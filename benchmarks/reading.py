@@ -145,7 +145,7 @@ def write_projection(folder: Path, config: SideTuningConfig) -> None:
     projection = Projection(torch.zeros(taps, width), basis, torch.ones(taps, CHANNELS))
     folder.mkdir()
     fitted_to = EUScorer(RandomEngine(), states=config, states_format="float32").fingerprint()
-    known = {"fingerprint": projection.fingerprint(), "fitted_to": fitted_to}
+    known = {"fingerprint": f"{projection.fingerprint()} {fitted_to}"}
     save_file(projection.tensors(), folder / PROJECTED, known)
 
 

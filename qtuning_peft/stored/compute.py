@@ -107,7 +107,8 @@ def fit_projection(
             break
     projection = Projection.fit(torch.cat(states, dim=1), channels)
     with replacing(folder / PROJECTED) as unfinished:
-        save_file(projection.tensors(), unfinished, {"fingerprint": projection.fingerprint(), "fitted_to": fitted_to})
+        # One entry: safetensors writes several in any order, and the file would differ from run to run.
+        save_file(projection.tensors(), unfinished, {"fingerprint": f"{projection.fingerprint()} {fitted_to}"})
 
 
 def describe(parts: Parts) -> Manifest:

@@ -84,9 +84,9 @@ def read_projection(folder: Path) -> tuple[Projection, str]:
     try:
         with safe_open(folder / PROJECTED, "pt") as file:
             projection = Projection.of({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-            known = file.metadata() or {}
-            if known.get("fingerprint") == projection.fingerprint():
-                return projection, known.get("fitted_to", "")
+            fingerprint, _, fitted_to = (file.metadata() or {}).get("fingerprint", "").partition(" ")
+            if fingerprint == projection.fingerprint():
+                return projection, fitted_to
     except (OSError, SafetensorError, LookupError, TypeError):
         pass
     raise ValueError(f"{folder / PROJECTED} is missing or damaged; compute the states again in another folder.")
