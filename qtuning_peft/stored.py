@@ -17,15 +17,15 @@ from typing import Any
 import torch
 import xxhash
 from datasets import Dataset, concatenate_datasets
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .atomic import alone_with, replacing
 from .eu_plane.dataset import read_part, score_parts
+from .eu_plane.engine import Engine, engine_of
 from .eu_plane.scorer import EUScorer
-from .head import causal_model
 from .reading import IGNORE_INDEX
 from .side_tuning import SideTuningConfig
 from .side_tuning.follow import find_decoder
@@ -80,7 +80,7 @@ class Manifest:
 
 
 def compute_states(
-    dataset: Dataset, model: nn.Module, tokenizer: Any, config: SideTuningConfig, folder: str | Path, *,
+    dataset: Dataset, model: nn.Module | Engine, tokenizer: Any, config: SideTuningConfig, folder: str | Path, *,
     states_format: str = "bfloat16", rows_per_part: int = 32, progress: bool = True, **scoring: Any,
 ) -> Dataset:  # fmt: skip
     """Score a data set and store the states that a side network of `config` would read, in one pass of the base.
@@ -88,7 +88,7 @@ def compute_states(
     Killed and started again, it computes only what is not there.
 
     Args:
-        dataset, model, tokenizer: As in [`score`]; the model is the base alone.
+        dataset, model, tokenizer: As in [`score`]; the model is the base alone, or another [`Engine`].
         config: Whose blocks are tapped: `tap_every` or `layers_to_transform`.
         folder: Where the states go.
         states_format: bfloat16, float16, float32 or int8.
@@ -99,26 +99,23 @@ def compute_states(
     Returns:
         The rows as [`load_states`] reads them.
     """
-    folder, base = Path(folder), causal_model(model)
-    if isinstance(model, PeftModel):
-        raise ValueError("model carries an adapter, but stored states are the base's; pass the base alone.")
     _refuse_attention(config)
-    scorer = EUScorer(model, tokenizer, states=config, states_format=states_format, **scoring)
-    shape = find_decoder(base).shape
+    folder, engine = Path(folder), engine_of(model)
+    shape, head = engine.shape(), engine.head()
+    scorer = EUScorer(engine, tokenizer, states=config, states_format=states_format, **scoring)
     folder.mkdir(parents=True, exist_ok=True)
     with alone_with(folder):
         rows = score_parts(dataset.with_format(None), scorer, folder, rows_per_part, progress)
         parts = [file.name for file, _ in rows]
-        head = base.get_output_embeddings()
         with replacing(folder / HEAD) as unfinished:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in head.state_dict().items()}, unfinished)
-        settings = base.config.to_dict()
+            save_file(head, unfinished)
+        settings = engine.config.to_dict()
         settings.pop("quantization_config", None)
         with replacing(folder / "config.json") as unfinished:
             unfinished.write_text(json.dumps(settings, indent=1, default=str), encoding="utf-8")
         manifest = Manifest(
-            base.name_or_path, scorer.layers, shape.num_layers, shape.hidden_size, states_format, scorer.fingerprint(),
-            tokenizer_fingerprint(base.name_or_path, None), tuple(parts), _checksum(folder / HEAD), len(dataset),
+            engine.name, scorer.layers, shape.num_layers, shape.hidden_size, states_format, scorer.fingerprint(),
+            tokenizer_fingerprint(engine.name, None), tuple(parts), _checksum(folder / HEAD), len(dataset),
         )  # fmt: skip
         # Last: a folder without it is not finished.
         with replacing(folder / MANIFEST) as unfinished:

@@ -6,7 +6,7 @@ Finished parts are found again by it, so a change that it leaves out would find 
 import json
 from collections.abc import Sequence
 from copy import copy
-from typing import Any
+from typing import Any, Protocol
 
 import bitsandbytes
 import torch
@@ -22,16 +22,23 @@ VERSION = 3
 CHUNK_BYTES = 2**26
 
 
-def fingerprint(settings: Sequence[Any], tokenizer: Any, models: Sequence[nn.Module]) -> str:
-    """Fingerprint of scoring under `models` with `settings`."""
+class Fingerprinted(Protocol):
+    """What adds to a digest all that it depends on."""
+
+    def add_to(self, digest: xxhash.xxh3_128) -> None:
+        """Add it."""
+
+
+def fingerprint(settings: Sequence[Any], tokenizer: Any, engines: Sequence[Fingerprinted]) -> str:
+    """Fingerprint of scoring by `engines` with `settings`."""
     digest = xxhash.xxh3_128()
     digest.update(stable([VERSION, *settings]))
     if tokenizer is not None:
         digest.update(stable([tokenizer.special_tokens_map, getattr(tokenizer, "chat_template", None)]))
         if getattr(tokenizer, "backend_tokenizer", None) is not None:
             digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    for model in models:
-        add_model(digest, model)
+    for engine in engines:
+        engine.add_to(digest)
     return digest.hexdigest()
 
 

@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..head import causal_model
 from ..registry import option
-from ..side_tuning.follow import find_decoder
 from ..side_tuning.network import NetworkSettings
 from ..states.format import FORMATS
-from .batching import PLANE, run
+from .batching import PLANE
+from .engine import Engine, engine_of
 from .fingerprint import fingerprint
 from .rows import RowEncoder
 from .scores import ALWAYS, SCORES, ScoredRows, mean
@@ -50,7 +49,7 @@ class EUScorer:
 
     Args:
         model: A causal language model of transformers, quantized or not, or a PEFT model around one, which is scored
-            under its active adapter.
+            under its active adapter; or another [`Engine`].
         tokenizer: The model's tokenizer; may be `None` for rows of tokens.
         columns, chat_template, max_length, tokens_per_batch, scores, reference_model: Each has its help below, and is
             an option of `qtuning score`.
@@ -62,7 +61,7 @@ class EUScorer:
     A row that cannot be scored does not raise: it is warned about, and `unscored` says why.
     """
 
-    model: nn.Module
+    model: nn.Module | Engine
     tokenizer: Any = None
     _: KW_ONLY
     columns: Mapping[str, str] | None = option(
@@ -72,7 +71,7 @@ class EUScorer:
     max_length: int | None = option(None, "Longer rows get no score; by default the model's longest context.")
     tokens_per_batch: int = option(4096, "Tokens in a forward pass, padding included.")
     scores: Sequence[str] = option((), f"More scores to add, beside {', '.join(ALWAYS)}.", SCORES)
-    reference_model: nn.Module | None = option(
+    reference_model: nn.Module | Engine | None = option(
         None, f"A second model: also add {REFERENCE}, the tokens' error under it."
     )
 
@@ -84,17 +83,20 @@ class EUScorer:
         for name in ("max_length", "tokens_per_batch"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}; choose at least 1.")
-        base = causal_model(self.model)
+        self.engine = engine_of(self.model)
         for name in self.scores:
             SCORES.check(name)
+            if SCORES[name].per_token and name not in self.engine.scores:
+                known = ", ".join(sorted(self.engine.scores))
+                raise ValueError(f"scores names {name}, but {type(self.engine).__name__} computes {known} alone.")
         if REFERENCE in self.scores and self.reference_model is None:
             raise ValueError(f"scores names {REFERENCE}, but reference_model is None; pass a second model.")
         self.encoder = RowEncoder(self.tokenizer, self.columns, self.chat_template)
-        self.vocabulary: int = base.get_input_embeddings().weight.shape[0]
-        self.max_length = self.max_length or getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        settings = self.engine.config.get_text_config()
+        self.max_length = self.max_length or getattr(settings, "max_position_embeddings", None)
         wanted = {*ALWAYS, *self.scores, *([REFERENCE] if self.reference_model is not None else [])}
         self.scores = [name for name in SCORES if name in wanted]
-        self.layers = () if self.states is None else tuple(self.states.layers(find_decoder(base).shape))
+        self.layers = () if self.states is None else tuple(self.states.layers(self.engine.shape()))
         # Called with the number of samples scored, for a progress bar finer than `map`'s.
         self.on_progress: Callable[[int], object] | None = None
 
@@ -147,8 +149,8 @@ class EUScorer:
             raise RowError("no supervised tokens")
         if self.max_length is not None and longest > self.max_length:
             raise RowError(f"too long: {longest} tokens, and max_length is {self.max_length}")
-        if not 0 <= min(*tokens, *supervised) <= max(*tokens, *supervised) < self.vocabulary:
-            raise RowError(f"a token is outside of the model's vocabulary of {self.vocabulary}")
+        if not 0 <= min(*tokens, *supervised) <= max(*tokens, *supervised) < self.engine.vocabulary:
+            raise RowError(f"a token is outside of the model's vocabulary of {self.engine.vocabulary}")
         return encoded
 
     def _score(self, encoded: Sequence[EncodedRow]) -> dict[str, Sequence[Any]]:
@@ -161,13 +163,14 @@ class EUScorer:
                 rows[sample.row].append(value)
             return [np.concatenate(parts) for parts in rows]
 
-        def errors(samples: Sequence[Sample], model: nn.Module | None = None) -> list[np.ndarray]:
-            return by_row(samples, run(model or self.model, samples, self.tokens_per_batch)["error"])
+        def errors(samples: Sequence[Sample], model: nn.Module | Engine | None = None) -> list[np.ndarray]:
+            engine = self.engine if model is None else engine_of(model)
+            return by_row(samples, engine.run(samples, self.tokens_per_batch)["error"])
 
         of_tokens = [name for name in self.scores if SCORES[name].per_token]
         states: dict[int, Tensor] = {}
         take = None if self.states is None else states.__setitem__
-        found = run(self.model, samples, self.tokens_per_batch, of_tokens, self.on_progress, take, self.layers)
+        found = self.engine.run(samples, self.tokens_per_batch, of_tokens, self.on_progress, take, self.layers)
         joined = {name: by_row(samples, values) for name, values in found.items()}
         rows = ScoredRows(samples, joined["error"], errors, self.reference_model)
         columns: dict[str, Sequence[Any]] = {}
@@ -196,8 +199,8 @@ class EUScorer:
         """Fingerprint of what this scorer computes: it changes with weights, adapters, tokenizer and settings."""
         settings = [self.encoder.columns, self.chat_template, self.max_length, self.tokens_per_batch]
         settings += [self.layers, self.states_format] if self.states is not None else []
-        models = [model for model in (self.model, self.reference_model) if model is not None]
-        return fingerprint([*settings, self.scores], self.tokenizer, models)
+        second = [] if self.reference_model is None else [engine_of(self.reference_model)]
+        return fingerprint([*settings, self.scores], self.tokenizer, [self.engine, *second])
 
     def __reduce__(self) -> Any:
         # `map` pickles its function to name its cache; copying a whole model for that would cost more than scoring.

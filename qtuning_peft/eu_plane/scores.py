@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..loss import IGNORE_INDEX
 from ..registry import Registry
@@ -57,13 +57,13 @@ class ScoredRows:
         samples: The samples of all rows; a packed row has several, and one that cannot be scored has none.
         token_error: For every row (supervised tokens,), float64, nats.
         run: From samples, and a model if not the one that scores, to their tokens' errors by row.
-        reference_model: The second model, if there is one.
+        reference_model: The second model, or its engine, if there is one.
     """
 
     samples: Sequence[Sample]
     token_error: list[np.ndarray]
     run: Callable[..., list[np.ndarray]]
-    reference_model: nn.Module | None = None
+    reference_model: Any = None
 
     @cached_property
     def answers(self) -> list[list[int]]:
