@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm import ModelRegistry
-from vllm.model_executor.models.interfaces import supports_eagle3, supports_multimodal
+from vllm.model_executor.models.interfaces import EagleModelMixin, supports_eagle3, supports_multimodal
 
 from qtuning_peft.side_tuning.network import UnsupportedBaseError
 
@@ -35,6 +35,7 @@ class Tapped:
         config = vllm_config.model_config.hf_config
         self.tapped: list[int] = [*config.qst_layers]
         self.width: int = config.get_text_config().hidden_size
+        _keep_embeddings(self)
         # 0 are the embeddings, i + 1 is the output of block i.
         self.set_aux_hidden_state_layers((0, *(index + 1 for index in self.tapped)))  # type: ignore[attr-defined]
 
@@ -57,6 +58,19 @@ class Tapped:
     def base_logits(self, normed: Tensor) -> Tensor:
         """The base's logits."""
         return super().compute_logits(normed)  # type: ignore[misc, no-any-return]
+
+
+def _keep_embeddings(model: Any) -> None:
+    """Hand out a copy where a model would hand out what its next block may write to: on GPUs, norms work in place."""
+    holders = [module for module in model.modules() if isinstance(module, EagleModelMixin)]
+    if len(holders) != 1:
+        raise UnsupportedBaseError(f"{type(model).__name__} hands out states in a way of its own; use transformers.")
+    add = holders[0]._maybe_add_hidden_state
+
+    def add_copy(found: list[Tensor], index: int, states: Tensor, residual: Tensor | None) -> list[Tensor]:
+        return add(found, index, states.clone() if residual is None else states, residual)
+
+    holders[0]._maybe_add_hidden_state = add_copy
 
 
 class SideTuned(Tapped):
