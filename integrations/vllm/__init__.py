@@ -54,7 +54,7 @@ def engine_options(base: str, adapters: Mapping[str, str | Path], layers: Collec
     config = AutoConfig.from_pretrained(base)
     refuse_unknown(architecture := (config.architectures or ["a model without a name"])[0])
     decoder = decoder_of(config)
-    tapped = {index for folder in adapters.values() for index in load_network(str(folder), decoder, base).layers}
+    tapped = {index for folder in adapters.values() for index in load_network(folder, decoder, base).layers}
     return {
         "model": base,
         "enable_lora": True,

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,9 +30,9 @@ def decoder_of(config: Any) -> Decoder:
     return find_decoder(model)
 
 
-def load_network(folder: str, decoder: Decoder, base: str) -> SideNetwork:
+def load_network(folder: str | Path, decoder: Decoder, base: str) -> SideNetwork:
     """The side network in `folder`, checked as a whole before it is loaded; a `ValueError` when it cannot be served."""
-    config = adapter_config(folder)
+    config = adapter_config(Path(folder))
     if not isinstance(config, SideTuningConfig):
         raise ValueError(f"{folder} holds an adapter of {config.peft_type}, but side networks are served here.")
     for name in ("side_attention", "modules_to_save"):
@@ -125,7 +126,7 @@ class SideAdapters:
 
     @contextmanager
     def dummy_lora_cache(self) -> Iterator[None]:
-        """vLLM warms up: with the base alone, as its adapters are none."""
+        """Warming up, which vLLM does with adapters that are none: the base runs alone."""
         self.warming_up = True
         try:
             yield

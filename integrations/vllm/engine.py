@@ -2,7 +2,7 @@
 
     compute_states(rows, VLLMEngine("base"), tokenizer, SideTuningConfig(), "states")
 
-vLLM runs quantizations and sizes that transformers does not, on several GPUs. On a CPU it is no faster (docs/serving.md).
+vLLM runs quantizations and sizes that transformers does not, on several GPUs; on a CPU it is no faster.
 """
 
 import os
@@ -82,7 +82,7 @@ class VLLMEngine(Engine):
         return found
 
     def _start(self, tokens_per_batch: int, layers: list[int]) -> Any:
-        """vLLM with a model that hands out `layers`: the one that runs, if it does."""
+        """A vLLM whose model hands out `layers`: the one that runs, if it does."""
         if self._llm is None or not {*layers} <= {*self._layers}:
             self.close()
             overrides = {"architectures": [f"{STATES}{self.architecture}"], "qst_layers": layers}
@@ -137,7 +137,8 @@ class VLLMEngine(Engine):
 
     def add_to(self, digest: xxhash.xxh3_128) -> None:
         """See [`Engine`]: the checkpoint's files, vLLM's version and the options."""
-        digest.update(stable([vllm.__version__, self.config.to_dict(), self.options]))
+        settings = {name: value for name, value in self.config.to_dict().items() if name != "_name_or_path"}
+        digest.update(stable([vllm.__version__, settings, self.options]))
         for file in sorted(self.folder.glob("*.safetensors")):
             with file.open("rb") as content:
                 while chunk := content.read(CHUNK_BYTES):

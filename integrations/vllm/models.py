@@ -31,7 +31,7 @@ class Tapped:
             raise ValueError("pipeline_parallel_size is above 1, but a side network reads all blocks; use tensors'.")
         if vllm_config.speculative_config is not None:
             raise ValueError("speculative_config is given, but draft models do not know side networks; leave it out.")
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         config = vllm_config.model_config.hf_config
         self.tapped: list[int] = [*config.qst_layers]
         self.width: int = config.get_text_config().hidden_size
@@ -57,7 +57,7 @@ class Tapped:
 
     def base_logits(self, normed: Tensor) -> Tensor:
         """The base's logits."""
-        return super().compute_logits(normed)  # type: ignore[misc, no-any-return]
+        return super().compute_logits(normed)  # type: ignore[misc]
 
 
 def _keep_embeddings(model: Any) -> None:
@@ -121,7 +121,7 @@ KINDS = {SERVING: SideTuned, STATES: States}
 
 
 def refuse_unknown(name: str) -> type:
-    """vLLM's class `name`; an `UnsupportedBaseError` when it does not hand out its states."""
+    """Class `name` of vLLM's; an `UnsupportedBaseError` when it does not hand out its states."""
     found = ModelRegistry.models.get(name)
     own = None if found is None else found.load_model_cls()
     if own is None or not supports_eagle3(own) or supports_multimodal(own):
