@@ -1,4 +1,4 @@
-.PHONY: demo test test-axolotl test-swift test-llamafactory test-lm-eval test-quantizers bench-cpu bench-gpu bench-quality bench-docs format clean
+.PHONY: demo test test-axolotl test-swift test-llamafactory test-lm-eval test-ray test-quantizers bench-cpu bench-gpu bench-quality bench-docs format clean
 
 demo:  ## install in .venv and run the demo
 	bash scripts/demo.sh
@@ -17,6 +17,9 @@ test-llamafactory:  ## the same for LLaMA-Factory
 
 test-lm-eval:  ## the same for lm-evaluation-harness
 	bash scripts/test_lm_eval.sh
+
+test-ray:  ## states by workers of Ray Data, in an environment of its own
+	bash scripts/test_ray.sh
 
 test-quantizers:  ## every quantization that a CPU can run, in environments beside the first
 	bash scripts/test_quantizers.sh

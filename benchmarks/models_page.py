@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import mean, median, stdev
 
 from benchmarks import families, rows
 from benchmarks.common import HERE
@@ -60,22 +61,27 @@ def quantized_bases(_: Path) -> str:
     found = newest(rows.read("quantized_bases"), lambda row: (row["base"], row["rows"], row["seed"]))
     if not found:
         return not_measured(WHICH_BASE)
+    bases: dict[str, list[Row]] = {}
+    for row in sorted(found, key=lambda row: row["base_loss"]["validation"]):
+        bases.setdefault(row["base"], []).append(row)
     lines = [
         [
-            row["base"], mebibytes(row), f"{row['speed']:.2f}", f"{row['base_loss']:.3f}", row["rows"],
-            "-" if row["loss"] is None else f"{row['loss']:.3f}",
+            name, mebibytes(runs[-1]), f"{median(run['speed'] for run in runs):.2f}",
+            *(f"{runs[0]['base_loss'][part]:.3f}" for part in ("validation", "test")),
+            *(spread([run["loss"][part] for run in runs]) for part in ("validation", "test")),
         ]
-        for row in sorted(found, key=lambda row: row["base_loss"])
+        for name, runs in bases.items()
     ]  # fmt: skip
     header = [
-        "base",
-        "MiB loaded, running",
-        "forward's speed, of float32's",
-        "loss",
-        "training rows",
-        "loss after them",
-    ]
+        "base", "MiB loaded, running", "forward's speed, of float32's", "base's loss, validation", "test",
+        "trained, validation", "test",
+    ]  # fmt: skip
     return f"{markdown(header, lines)}\n\n{source(found, WHICH_BASE)}"
+
+
+def spread(losses: list[float]) -> str:
+    """Mean and standard deviation, of several runs."""
+    return f"{mean(losses):.3f} ± {stdev(losses):.3f}" if len(losses) > 1 else f"{losses[0]:.3f}"
 
 
 TABLES: Tables = {

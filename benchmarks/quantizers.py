@@ -193,31 +193,32 @@ def compressed_tensors(folder: Path, kept: Path, scheme: str, dtype: torch.dtype
     return full_precision(kept, dtype)
 
 
-def calibration_texts(folder: Path, count: int = 16) -> list[str]:
+def calibration_texts(folder: Path, count: int) -> list[str]:
     """What calibrated quantizers see: questions and answers of the training set, through the chat template."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return [prompt_of(tokenizer, row["question"]) + row["answer"] for row in read_rows("train", count)]
 
 
-def auto_round(folder: Path, kept: Path) -> Any:
-    """Rounding learnt block by block (SignRound), on few texts."""
+def auto_round(folder: Path, kept: Path, texts: int = 16, steps: int = 8) -> Any:
+    """Rounding learnt block by block (SignRound), in `steps` steps each."""
     if not kept.exists():
         from auto_round import AutoRound
 
         AutoRound(
-            full_precision(folder), AutoTokenizer.from_pretrained(folder), scheme="W4A16", group_size=GROUP, iters=8,
-            nsamples=8, seqlen=128, batch_size=4, dataset=calibration_texts(folder), device_map="cpu",
+            full_precision(folder), AutoTokenizer.from_pretrained(folder), scheme="W4A16", group_size=GROUP,
+            iters=steps, nsamples=texts // 2, seqlen=128, batch_size=4, dataset=calibration_texts(folder, texts),
+            device_map="cpu",
         ).quantize_and_save(str(kept), format="auto_round")  # fmt: skip
     # It makes a folder of its own in the given one, and computes in float16.
     return full_precision(next(kept.rglob("config.json")).parent)
 
 
-def gptq(folder: Path, kept: Path) -> Any:
-    """Rounding with second-order error compensation, on few texts."""
+def gptq(folder: Path, kept: Path, texts: int = 16) -> Any:
+    """Rounding with second-order error compensation."""
     if not kept.exists():
-        config = transformers.GPTQConfig(
-            bits=4, group_size=GROUP, dataset=calibration_texts(folder), tokenizer=AutoTokenizer.from_pretrained(folder)
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        dataset = calibration_texts(folder, texts)
+        config = transformers.GPTQConfig(bits=4, group_size=GROUP, dataset=dataset, tokenizer=tokenizer)
         full_precision(folder, quantization_config=config, device_map="cpu").save_pretrained(kept)
     return full_precision(kept, device_map="cpu")
 

@@ -32,7 +32,7 @@ from qtuning_peft.eu_plane import EUPruner, score
 from qtuning_peft.eu_plane.rows import RowEncoder
 from qtuning_peft.eu_plane.selection import KEEP
 from qtuning_peft.loss import IGNORE_INDEX, chunked_cross_entropy
-from qtuning_peft.states import HiddenStateCache, reuse_of
+from qtuning_peft.states import HiddenStateCache, MemoryStore, reuse_of
 
 REDUCTION_FACTOR, LAYERS, LEARNING_RATE, STEPS_PER_EPOCH, EPOCHS, SEEDS = (
     16,
@@ -138,7 +138,7 @@ def main() -> None:
 
     reference_rows, test = encoded("train", 320, 380), encoded("test", 0, TEST_ROWS)
 
-    cache = HiddenStateCache(2**32, LAYERS)
+    cache = HiddenStateCache(MemoryStore(2**32), LAYERS)
 
     def side_tuned(seed: int) -> Any:
         set_seed(seed)

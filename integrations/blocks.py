@@ -65,9 +65,22 @@ class QSTTrainingBlock(QSTBlock):
         "first cost the side network alone (`HiddenStateCacheCallback`). By default none are kept.",
     )  # fmt: skip
 
+    states: str | None = Field(
+        default=None, description="Folder of the base's hidden states: one of `qtuning states`, or one that is filled "
+        "in the first epoch, for this run and those that follow. In place of hidden_state_cache_gib.",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _check_one(self) -> "QSTTrainingBlock":
+        if self.states is not None and self.hidden_state_cache_gib is not None:
+            raise ValueError("states and hidden_state_cache_gib are both set; the states are kept in one place.")
+        return self
+
     def callbacks(self) -> list[TrainerCallback]:
         """What the block asks the trainer for; see `qtuning_peft.trainer`."""
-        return [] if self.hidden_state_cache_gib is None else [HiddenStateCacheCallback(self.hidden_state_cache_gib)]
+        if self.hidden_state_cache_gib is None and self.states is None:
+            return []
+        return [HiddenStateCacheCallback(self.hidden_state_cache_gib, self.states)]
 
 
 class EUPruningBlock(_PrunerOptions):

@@ -18,6 +18,7 @@ from qtuning_peft.eu_plane import EUPruningCallback, score
 from qtuning_peft.eu_plane.report import write_report
 from qtuning_peft.hub.metadata import TrainingMetadata
 from qtuning_peft.loading import load_model
+from qtuning_peft.processes import SharedWork
 from qtuning_peft.sharding import is_sharded
 from qtuning_peft.trainer import PrefixCachingCallback
 
@@ -66,21 +67,19 @@ def prune_before_training(
     """
     if is_sharded(model):
         raise ValueError(
-            "The model is sharded (ZeRO-3), and one process scores while the others wait; prune the data beforehand, "
-            "with qtuning prune."
+            "The model is sharded (ZeRO-3): its processes run every pass together, and cannot share the rows; prune "
+            "the data beforehand, with qtuning prune."
         )
     names = ("input_ids", "labels", "attention_mask", "position_ids", "seq_lengths")
     rows = dataset.select_columns([name for name in names if name in dataset.column_names])
     state = PartialState()
-    # The first process scores; the others find its parts.
-    with state.main_process_first(), contextlib.ExitStack() as stack:
+    with SharedWork() as work, contextlib.ExitStack() as stack:
         scorer = stack.enter_context(_scorer(model, block.scorer_model))
         second = stack.enter_context(_scorer(model, block.reference_model)) if block.reference_model else None
         pruner = block.pruner(tokenizer)
         scored = score(
             rows, scorer, tokenizer, resume_dir=block.cache_path or (scores_dir or output_dir) / "eu_scores",
-            progress=state.is_main_process, tokens_per_batch=block.tokens_per_batch, scores=pruner.scores,
-            reference_model=second,
+            work=work, tokens_per_batch=block.tokens_per_batch, scores=pruner.scores, reference_model=second,
         )  # fmt: skip
     pruned = pruner.fit(scored).pruned
     assert pruned is not None

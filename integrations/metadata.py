@@ -38,7 +38,9 @@ SHOWN = {
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps",
     "gradient_checkpointing", "bf16", "fp16", "seed", "qst", "eu_pruning",
 }  # fmt: skip
-SHOWN |= (QSTTrainingBlock.model_fields.keys() | EUPruningBlock.model_fields.keys()) - {"cache_path", "report_path"}
+SHOWN |= (QSTTrainingBlock.model_fields.keys() | EUPruningBlock.model_fields.keys()) - {
+    "cache_path", "report_path", "states"
+}  # fmt: skip
 NOT_PRUNED = "none in this training"
 PATH = re.compile(r"""(^|[\s"'=:,(\[])(~|/|\.\.?[/\\]|\\\\|[A-Za-z]:[/\\])|://|@""")
 
@@ -135,7 +137,9 @@ class TrainingMetadataCallback(TrainerCallback):
         row: list[int] = []
         if isinstance(data, Dataset) and "input_ids" in data.column_names:
             row = max(data.with_format(None)[:16]["input_ids"], key=len, default=[])
-        whole = is_causal(self.model.get_base_model()) and not is_sharded(model or self.model)
+        base = self.model.get_base_model()
+        # Trained from stored states, it has no embeddings.
+        whole = is_causal(base) and not is_sharded(model or self.model) and base.get_input_embeddings().weight.numel()
         if len(row) < 4 or not whole or not state.is_world_process_zero:
             return
         trained = time.perf_counter() - (self.began or time.perf_counter())

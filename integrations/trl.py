@@ -1,6 +1,7 @@
-"""TRL: `qtuning sft --config recipe.yaml` runs TRL's own SFT script on TRL's own YAML keys, with our two blocks.
+"""TRL: `qtuning sft --config recipe.yaml` runs TRL's own SFT script on TRL's own YAML keys, with our blocks.
 
-A file for `trl sft` becomes ours by adding `qst:`, `eu_pruning:`, or both. On several GPUs: `accelerate launch -m
+A file for `trl sft` becomes ours by adding `qst:`, `eu_pruning:`, or both; `sweep:` trains several side networks at
+once. On several GPUs: `accelerate launch -m
 qtuning_peft.integrations.trl --config recipe.yaml`. In Python, `SFTTrainer(peft_config=SideTuningConfig(...))` is
 enough for side tuning; [`EUPruningSFTTrainer`] adds the pruning of what TRL has tokenized.
 """
@@ -16,6 +17,7 @@ from typing import Any
 import trl
 import yaml
 from datasets import Dataset
+from rich.console import Console
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 from trl.scripts import sft
 
@@ -23,24 +25,29 @@ from qtuning_peft.eu_plane import EUPruner
 from qtuning_peft.hub.card import complete
 from qtuning_peft.registry import help_of
 from qtuning_peft.side_tuning import SideTuningConfig
+from qtuning_peft.sweep import SweepTrainer
 
 from .blocks import EUPruningBlock, QSTTrainingBlock, read_block
 from .common import add_callbacks, prune_before_training, refuse_lora
 from .metadata import datasets_on_the_hub, is_side_tuned
+from .stored import read_sweep, show_sweep
 
 logger = logging.getLogger(__name__)
 
 USAGE = "qtuning sft --config FILE [--KEY VALUE ...]"
-DESCRIPTION = """TRL's supervised fine-tuning, with two more blocks in its YAML file. Every other key is TRL's own, and
-may also be given as an option, which then counts. `qtuning recipes list` shows files to start from."""
+DESCRIPTION = """TRL's supervised fine-tuning, with more blocks in its YAML file. Every other key is TRL's own, and may
+also be given as an option, which then counts. `sweep` has lists of values by setting, such as {learning_rate: [0.0005,
+0.001], reduction_factor: [4, 8]}: every combination is a side network, all learn from the same pass of the base, and
+the best in evaluation is saved. `qtuning recipes list` shows files to start from."""
 
 
 @dataclass
 class Blocks:
-    """Our two keys, for TRL's parser."""
+    """Our keys, for TRL's parser."""
 
     qst: dict[str, Any] | str | None = None
     eu_pruning: dict[str, Any] | str | None = None
+    sweep: dict[str, Any] | str | None = None
 
 
 class EUPruningSFTTrainer(SFTTrainer):
@@ -105,6 +112,10 @@ class EUPruningSFTTrainer(SFTTrainer):
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
 
+class SweepSFTTrainer(SweepTrainer, EUPruningSFTTrainer):
+    """`EUPruningSFTTrainer` for the networks of a sweep; see `qtuning_peft.sweep`."""
+
+
 def main(arguments: list[str]) -> None:
     """Run TRL's SFT script on command-line arguments; a wrong block or key is a ValueError of one sentence."""
     if not {"-h", "--help"}.isdisjoint(arguments):
@@ -126,15 +137,39 @@ def main(arguments: list[str]) -> None:
         changes |= {"peft_config": qst.peft_config(), "callbacks": qst.callbacks()}
     if "eu_pruning" in blocks:
         changes["eu_pruning"] = read_block("eu_pruning", EUPruningBlock, blocks["eu_pruning"])
+    trainer: type[SFTTrainer] = EUPruningSFTTrainer
+    if "sweep" in blocks:
+        if "qst" not in blocks or training_args.eval_strategy == "no":
+            raise ValueError(
+                "sweep needs the block qst, and eval_strategy, by which the best network is chosen; set both."
+            )
+        for name in ("hidden_state_cache_gib", "states"):
+            if getattr(qst, name) is not None:
+                raise ValueError(f"qst.{name} has no effect in a sweep; leave it out.")
+        if "eu_pruning" in changes and changes["eu_pruning"].mode == "dynamic":
+            raise ValueError(
+                "eu_pruning.mode is 'dynamic', but the networks of a sweep share their rows; choose static."
+            )
+        rate, seed = training_args.learning_rate, training_args.seed
+        sweep, keep_all = read_sweep(blocks["sweep"], qst.peft_config(), rate, seed)
+        trainer, changes = SweepSFTTrainer, changes | {"sweep": sweep, "keep_all": keep_all}
+    made: list[Any] = []
+
+    def make(**of_script: Any) -> Any:
+        made.append(trainer(**of_script | changes))
+        return made[0]
+
     # What is kept belongs on the screen of every run.
     logging.basicConfig(format="%(message)s")
     logging.getLogger("qtuning_peft").setLevel(logging.INFO)
     # The script looks its trainer up in `trl` when it runs.
-    trl.SFTTrainer = lambda **of_script: EUPruningSFTTrainer(**of_script | changes)
+    trl.SFTTrainer = make
     try:
         sft.main(script_args, training_args, model_args, dataset_args)
     finally:
         trl.SFTTrainer = SFTTrainer
+    if "sweep" in blocks and made[0].is_world_process_zero():
+        show_sweep(made[0], Path(training_args.output_dir), Console(stderr=True))
 
 
 def _keys_of_file(arguments: list[str]) -> set[str]:

@@ -9,16 +9,17 @@ from ._register import register
 from .eu_plane import EUPruner, EUPruningCallback, EUScorer, prune, score
 from .few_shot import add_few_shot_examples
 from .registry import load_extensions
-from .side_tuning import SideTuningConfig, SideTuningModel, fit_projections
-from .stored import StatesCollator, compute_states, load_states, model_from_states
+from .side_tuning import SideTuningConfig, SideTuningModel, fit_projections, hotswap_adapter
+from .stored import StatesCollator, compute_states, load_states, model_from_states, prune_states
+from .sweep import SweepTrainer, candidates
 from .trainer import HiddenStateCacheCallback, PrefixCachingCallback, SideTuningTrainer
 
 __version__ = "0.1.0"
 __all__ = [
     "EUPruner", "EUPruningCallback", "EUScorer", "HiddenStateCacheCallback", "PrefixCachingCallback",
-    "SideTuningConfig", "SideTuningModel", "SideTuningTrainer", "StatesCollator",
-    "__version__", "add_few_shot_examples", "compute_states", "fit_projections", "load_states", "model_from_states",
-    "prune", "score",
+    "SideTuningConfig", "SideTuningModel", "SideTuningTrainer", "StatesCollator", "SweepTrainer",
+    "__version__", "add_few_shot_examples", "candidates", "compute_states", "fit_projections", "hotswap_adapter",
+    "load_states", "model_from_states", "prune", "prune_states", "score",
 ]  # fmt: skip
 
 register()

@@ -24,7 +24,7 @@ def replacing(path: Path) -> Iterator[Path]:
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise ValueError(f"{path} is neither a file nor a folder, and is not replaced.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _clean_up_after_killed(path)
+    clean_up_after_killed(path.parent, re.escape(path.name))
     prefix = f".{path.name}.{os.getpid()}."
     with TemporaryDirectory(prefix=prefix, dir=path.parent, ignore_cleanup_errors=True) as beside:
         unfinished, former = Path(beside) / path.name, Path(beside) / "former"
@@ -55,13 +55,14 @@ def alone_with(path: Path) -> Iterator[None]:
         raise ValueError(f"Another process is at work on {path}; wait for it, or choose another output.") from error
 
 
-def _clean_up_after_killed(path: Path) -> None:
-    """Remove what processes that were killed left beside `path`, and bring back a folder they had put aside."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.\w+")
-    for left in path.parent.iterdir():
+def clean_up_after_killed(folder: Path, names: str = ".+") -> None:
+    """Remove what killed processes left in `folder` beside what `names` matches; bring back what they put aside."""
+    pattern = re.compile(rf"\.({names})\.(\d+)\.\w+")
+    for left in folder.iterdir():
         found = pattern.fullmatch(left.name)
-        if found is None or psutil.pid_exists(int(found[1])):
+        if found is None or psutil.pid_exists(int(found[2])):
             continue
+        path = folder / found[1]
         if (left / "former").exists() and not path.exists():
             os.replace(left / "former", path)
         shutil.rmtree(left, ignore_errors=True)

@@ -6,12 +6,19 @@ for any of them.
 
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import xxhash
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
 
-from .states import cache_states, common_prefix, reuse_of
+from .eu_plane.fingerprint import weights_of
+from .head import causal_model
+from .side_tuning.follow import find_decoder, follower_of
+from .states import FolderStore, Store, cache_states, common_prefix, reuse_of
+from .stored import MANIFEST, StoredRows
+from .view import VIEW
 
 ROWS = 256
 
@@ -48,29 +55,49 @@ class PrefixCachingCallback(TrainerCallback):
 
 
 class HiddenStateCacheCallback(TrainerCallback):
-    """Caches the base's hidden states in main memory, so that epochs after the first cost the side network alone.
+    """Caches the base's hidden states, so that epochs after the first cost the side network alone.
 
     They are cached in 16 bits, also of a base in float32: there, later epochs see states that are rounded. Packed rows,
     rows padded at the left, and side blocks that attend (`side_attention`) are computed in every epoch.
 
     Args:
-        gibibytes: Of memory at most. A row of n supervised tokens takes n (N + 2) d numbers of 16 bits, N taps of width
-            d: 0.1 MB a token for the default beside Llama-3-8B.
+        gibibytes: Of main memory at most. A row of n supervised tokens takes n (N + 2) d numbers of 16 bits, N taps of
+            width d: 0.1 MB a token for the default beside Llama-3-8B.
+        folder: Instead, a folder on disk. One of `qtuning states` is read; its rows must be tokenized as the trainer
+            does. In any other they are written in the first epoch, for this run and all that follow with the same base
+            and taps.
     """
 
-    def __init__(self, gibibytes: float) -> None:
-        if not gibibytes > 0:
+    def __init__(self, gibibytes: float | None = None, folder: str | Path | None = None) -> None:
+        if (gibibytes is None) == (folder is None):
+            raise ValueError(f"gibibytes is {gibibytes} and folder {folder}; give one of them.")
+        if gibibytes is not None and not gibibytes > 0:
             raise ValueError(f"gibibytes is {gibibytes}; give a number above 0.")
-        self.gibibytes = gibibytes
+        self.gibibytes, self.folder = gibibytes, None if folder is None else Path(folder)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Begin to cache, if there is more than one epoch."""
-        if state.num_train_epochs > 1:
-            cache_states(kwargs["model"], round(self.gibibytes * 2**30))
+        """Begin to cache; in memory, if there is more than one epoch."""
+        model = kwargs["model"]
+        if self.folder is not None:
+            cache_states(model, self._store(model, self.folder))
+        elif state.num_train_epochs > 1:
+            cache_states(model, round((self.gibibytes or 0) * 2**30))
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Free them."""
+        """Free what is in memory."""
         cache_states(kwargs["model"], 0)
+
+    def _store(self, model: nn.Module, folder: Path) -> Store | int:
+        follower = follower_of(model)
+        network = None if follower is None else follower.host.active_network()
+        if network is None:
+            return 0
+        base = causal_model(model)
+        if (folder / MANIFEST).is_file() or (folder / VIEW).is_file():
+            return StoredRows(folder, base, network.layers)
+        own = "-".join([weights_of(base), *map(str, sorted(network.layers))])
+        width = find_decoder(base).shape.hidden_size
+        return FolderStore(folder / xxhash.xxh3_64_hexdigest(own.encode()), len(network.layers) + 2, width)
 
 
 class SideTuningTrainer(Trainer):

@@ -169,7 +169,7 @@ def pruned_in_training(folder: Path) -> Result:
 
 
 def pruned_before_training(folder: Path) -> Result:
-    """One process scores, the other waits for its scores."""
+    """The processes share the scoring."""
     from qtuning_peft.integrations.blocks import EUPruningBlock
     from qtuning_peft.integrations.trl import EUPruningSFTTrainer
     from trl import SFTConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from peft import get_peft_model
 from test_prefix_caching import PREFIX, batch, loss_and_gradients, passed_lengths, rows_of
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
-from qtuning_peft import HiddenStateCacheCallback, SideTuningConfig, SideTuningTrainer
+from qtuning_peft import HiddenStateCacheCallback, SideTuningConfig, SideTuningTrainer, compute_states
 from qtuning_peft.states import cache_states, reuse_of
 
 PLENTY = 2**30
@@ -73,8 +74,12 @@ def test_a_row_is_not_another_that_begins_with_the_prefix() -> None:
     cache_states(model, PLENTY)
     for _ in range(2):
         assert [loss_and_gradients(model, part)[0] for part in (inputs, without)] == pytest.approx(expected, rel=1e-6)
-    reuse_of(model).cache_prefix(inputs["input_ids"][0, : PREFIX - 1].tolist())
-    assert reuse_of(model).cache.used == 0
+    # A row is the same row behind another prefix, or none.
+    lengths = passed_lengths(model)
+    for prefix in (PREFIX - 1, 0):
+        reuse_of(model).cache_prefix(inputs["input_ids"][0, :prefix].tolist())
+        assert [loss_and_gradients(model, part)[0] for part in (inputs, without)] == pytest.approx(expected, rel=1e-6)
+    assert lengths == [PREFIX - 1]
 
 
 def test_states_are_those_of_one_adapters_taps() -> None:
@@ -165,3 +170,64 @@ def test_a_mask_of_floating_point_numbers_counts_tokens_too() -> None:
         cache_states(model, 2**30)
         losses.append([model(input_ids=ids, attention_mask=mask.to(kind), labels=ids).loss for _ in range(2)])
     assert losses[0] == losses[1]
+
+
+def folder_rows() -> Dataset:
+    ids = token_ids(8, 16).tolist()
+    return Dataset.from_list([{"input_ids": row, "labels": [-100] * 6 + row[6:]} for row in ids])
+
+
+def trained_from(folder: Path, output: Path, **fields: Any) -> tuple[Any, list[int]]:
+    model = side_tuned(torch.bfloat16, center_taps=False, **fields)
+    lengths = passed_lengths(model)
+    arguments = TrainingArguments(
+        output, num_train_epochs=2, per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True,
+        seed=0, save_strategy="no",
+    )  # fmt: skip
+    trainer = SideTuningTrainer(
+        model, arguments, train_dataset=folder_rows(), data_collator=DataCollatorForSeq2Seq(word_tokenizer()),
+        callbacks=[HiddenStateCacheCallback(folder=folder)],
+    )  # fmt: skip
+    trainer.train()
+    return model, lengths
+
+
+def test_a_folder_outlives_the_run(tmp_path: Path) -> None:
+    """Filled in the first epoch, read by every run that follows; a damaged file is computed anew."""
+    folder = tmp_path / "cache"
+    first, lengths = trained_from(folder, tmp_path / "out")
+    assert len(lengths) == 2  # two batches, in the first epoch alone
+    files = sorted(folder.glob("*/*.states"))
+    assert len(files) == 8
+    second, lengths = trained_from(folder, tmp_path / "out")
+    assert len(lengths) == 1  # which shows what the decoder returns
+    for name, parameter in side_parameters(first).items():
+        torch.testing.assert_close(side_parameters(second)[name], parameter, rtol=1e-3, atol=1e-5)
+    whole = files[0].read_bytes()
+    files[0].write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    trained_from(folder, tmp_path / "out")
+    assert files[0].read_bytes() == whole
+    # Other taps are other states.
+    trained_from(folder, tmp_path / "out", tap_every=2)
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_stored_states_are_read_by_a_live_trainer(tmp_path: Path) -> None:
+    """A folder of `compute_states` serves the first epoch too; one of another base or of other taps is refused."""
+    config = SideTuningConfig(reduction_factor=4, tap_every=1)
+    base = tiny().to(torch.bfloat16)
+    compute_states(folder_rows(), base, None, config, tmp_path / "states", progress=False)
+    _, lengths = trained_from(tmp_path / "states", tmp_path / "out")
+    assert len(lengths) == 1
+    with pytest.raises(ValueError, match=r"are of blocks \[0, 1, 2\], not of \[0, 2\]"):
+        trained_from(tmp_path / "states", tmp_path / "out", tap_every=2)
+    other = get_peft_model(tiny(), config).train()
+    with pytest.raises(ValueError, match="whose weights are not this base's"):
+        HiddenStateCacheCallback(folder=tmp_path / "states")._store(other, tmp_path / "states")
+
+
+def test_memory_or_a_folder() -> None:
+    with pytest.raises(ValueError, match="gibibytes is None and folder None; give one"):
+        HiddenStateCacheCallback()
+    with pytest.raises(ValueError, match="gibibytes is 1 and folder x; give one"):
+        HiddenStateCacheCallback(1, "x")

@@ -9,7 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ import pytest
 import typer
 import yaml
 from qtuning_peft.integrations.blocks import EUPruningBlock, QSTTrainingBlock, read_block
+from transformers import TrainingArguments
 
 from qtuning_peft import add_few_shot_examples
 from qtuning_peft.cli import app
@@ -115,6 +116,8 @@ def test_commands_and_their_options_exist(page: Path) -> None:
         if command.name == "sft" or hasattr(command, "commands"):  # TRL knows its options itself
             continue
         known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+        if command.name == "train":
+            known |= {f"--{field.name}" for field in fields(TrainingArguments)}
         assert {word for word in words if word.startswith("-") and word != "-"} <= known | {"--help"}, words
 
 

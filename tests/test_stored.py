@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomize_side_network, side_parameters, tiny, token_ids, word_tokenizer
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from typer.testing import CliRunner
@@ -103,6 +103,35 @@ def test_a_loss_of_rounded_states(name: str, bound: float, tmp_path: Path) -> No
     assert alone(**StatesCollator(folder)(list(rows))).loss.item() == pytest.approx(expected, rel=bound)
 
 
+def test_a_projection_keeps_what_rows_have_in_common(tmp_path: Path) -> None:
+    """Fewer bytes, the final state whole; more channels come closer; killed, damaged and other channels are noticed."""
+    distances, sizes = [], []
+    exact_folder, exact_rows = stored(tmp_path / "exact")
+    exact = StatesCollator(exact_folder)(list(exact_rows))["states"]
+    for channels in (4, 16, 48):
+        folder, rows = stored(tmp_path / str(channels), "projection", channels=channels)
+        live, alone = alike(folder)
+        expected = chunked_cross_entropy(live, **live_batch(data())).item()
+        batch = StatesCollator(folder)(list(rows))
+        assert alone(**batch).loss.item() == pytest.approx(expected, abs=1e-2)
+        torch.testing.assert_close(batch["states"][-1], exact[-1], rtol=0, atol=2e-2 * exact[-1].abs().max().item())
+        distances.append((batch["states"][:-1] - exact[:-1]).norm().item())
+        sizes.append(sum(len(row["states"]) for row in rows) / sum(rows["supervised_tokens"]))
+    assert sizes == [3 * (channels + 2) + 66 for channels in (4, 16, 48)]
+    assert distances == sorted(distances, reverse=True)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    next(iter(sorted(folder.glob("*.arrow")))).unlink()
+    stored(tmp_path / "48", "projection", channels=48)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    damaged = bytearray(before["projection.safetensors"])
+    damaged[-5] ^= 1
+    (folder / "projection.safetensors").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"projection.safetensors is missing or damaged"):
+        StatesCollator(folder)
+    with pytest.raises(ValueError, match="channels is 64; choose at least 1, and fewer than the base's width 64"):
+        stored(tmp_path / "many", "projection", channels=64)
+
+
 def trained(model: Any, rows: Any, collator: Any, folder: Path, **settings: Any) -> Trainer:
     arguments = TrainingArguments(
         folder, num_train_epochs=2, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[], use_cpu=True,
@@ -189,7 +218,7 @@ def test_killed_and_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder, _ = stored(tmp_path)
     whole = {file.name: file.read_bytes() for file in folder.iterdir()}
     (tmp_path / "states").rename(tmp_path / "first")
-    write, written = scoring._write_part, []
+    write, written = scoring.write_part, []
 
     def killed(file: Path, table: Any) -> None:
         if len(written) % 2:
@@ -198,7 +227,7 @@ def test_killed_and_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         write(file, table)
         written.append(file.name)
 
-    monkeypatch.setattr(scoring, "_write_part", killed)
+    monkeypatch.setattr(scoring, "write_part", killed)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             stored(tmp_path)
@@ -262,7 +291,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model carries an adapter"):
         compute_states(data(), get_peft_model(tiny(), SideTuningConfig()), None, SideTuningConfig(), tmp_path / "x")
     model = get_peft_model(tiny(), SideTuningConfig(reduction_factor=4, tap_every=1, task_type="CAUSAL_LM")).train()
-    with pytest.raises(ValueError, match="states holds 4 parts, but the active side network reads 5"):
+    with pytest.raises(
+        ValueError,
+        match=r"states holds 4 parts, of blocks \[0, 2\], but the active side network reads blocks \[0, 1, 2\]",
+    ):
         model(**StatesCollator(folder)(list(rows)))
     attending = SideTuningConfig(**FIELDS, side_attention=True)
     with pytest.raises(ValueError, match="side_attention is True"):
@@ -304,4 +336,4 @@ def test_from_a_shell(tmp_path: Path) -> None:
         app, ["prune", str(folder), "-o", str(tmp_path / "kept"), "--sample-ratio", "0.5", "--strategy", "random"]
     )
     assert kept.exit_code == 0, kept.output
-    assert 0 < len(load_from_disk(str(tmp_path / "kept"))) < len(load_states(folder))
+    assert 0 < len(load_states(tmp_path / "kept")) < len(load_states(folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 import sys
@@ -235,9 +236,42 @@ def test_batches_are_pruned_dynamically(folder: Path, tmp_path: Path) -> None:
     assert "| pruning | every batch while training, which kept" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_sweep_beside_a_live_base(folder: Path, tmp_path: Path) -> None:
+    """Several networks on one pass of the base; the best is saved, as any adapter is."""
+    recipe = settings(tmp_path / "out", eval_strategy="epoch") | {
+        "model_name_or_path": str(folder / "model"), "dataset_name": str(folder / "chat"), "assistant_only_loss": True,
+        "qst": {"reduction_factor": 4}, "sweep": {"learning_rate": ["1e-4", 2e-2], "mixing": ["additive", "paper"]},
+    }  # fmt: skip
+    done = run(tmp_path, "sweep", recipe)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [(row["learning_rate"], row["mixing"]) for row in rows] == [
+        (1e-4, "additive"), (1e-4, "paper"), (2e-2, "additive"), (2e-2, "paper")
+    ]  # fmt: skip
+    best = min(rows, key=lambda row: row["eval_loss"])
+    assert best["learning_rate"] == 2e-2
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), tmp_path / "out")
+    scored = score(
+        load_dataset(str(folder / "chat"), split="test"),
+        model,
+        AutoTokenizer.from_pretrained(folder / "model"),
+        progress=False,
+    )
+    tokens = scored["supervised_tokens"][:]
+    loss = sum(e * n for e, n in zip(scored["error"], tokens, strict=True)) / sum(tokens)
+    assert loss == pytest.approx(best["eval_loss"], rel=1e-3)
+    assert (tmp_path / "out" / "sweep.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
+        ({"sweep": {"seed": [0, 1]}}, "sweep needs the block qst, and eval_strategy"),
+        ({"qst": {}, "eval_strategy": "epoch", "sweep": {"rank": [0, 1]}}, "sweep.rank is no setting"),
+        (
+            {"qst": {"hidden_state_cache_gib": 1}, "eval_strategy": "epoch", "sweep": {"seed": [0, 1]}},
+            "qst.hidden_state_cache_gib has no effect in a sweep",
+        ),
         ({"qst": {"rank": 4}}, "qst.rank is no field; choose from reduction_factor, "),
         ({"qst": {"reduction_factor": 1}}, "qst: reduction_factor is 1; give an integer of at least 2."),
         ({"qst": {"reduction_factor": "wide"}}, "qst.reduction_factor: "),

@@ -4,12 +4,15 @@
 
 SmolLM2-135M-Instruct on GSM8K. A fresh side network changes nothing, so its loss is the base's. Forwards of one text of
 256 tokens are timed in turn with those of a float32 base, and only their ratio is kept. Rows go to
-`results/quantized_bases.jsonl`. Calibrated bases are kept beside the checkpoint.
+`results/quantized_bases.jsonl`. Bases that need calibration see 32 training questions with their answers, and are kept
+beside the checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,10 +24,11 @@ from benchmarks import methods, rows
 from benchmarks.common import checkpoint, smollm2_tokenizer
 from benchmarks.quality.learner import Learner
 from benchmarks.quality.tasks import Task, load
-from benchmarks.quantizers import QUANTIZERS, full_precision, stored_bytes
+from benchmarks.quantizers import QUANTIZERS, auto_round, full_precision, gptq, stored_bytes
 from benchmarks.step import positive, seconds
 
 NAME = "quantized_bases"
+CALIBRATED = {"GPTQ, 4 bits": partial(gptq, texts=32), "AutoRound W4A16": partial(auto_round, texts=32, steps=20)}
 FLOAT32 = "float32"
 RATE = 1e-3
 BATCH = 8
@@ -35,8 +39,8 @@ def load_named(name: str) -> Any:
     folder = checkpoint()
     if name == FLOAT32:
         return full_precision(folder)
-    kept = folder.parent / "parts" / name.partition(",")[0].replace(" ", "-").lower()
-    return QUANTIZERS[name].load(folder, kept)
+    kept = folder.parent / "parts" / f"calibrated-{name.partition(',')[0].replace(' ', '-').lower()}"
+    return CALIBRATED.get(name, QUANTIZERS[name].load)(folder, kept)
 
 
 @torch.no_grad()
@@ -47,23 +51,29 @@ def relative_speed(base: Any, reference: Any, repeats: int) -> float:
     return median(of_reference for _, of_reference in times) / median(of_base for of_base, _ in times)
 
 
-def measure(name: str, task: Task, reference: Any, arguments: argparse.Namespace) -> rows.Row:
-    """One base: bytes, speed, its own loss, and the loss after training a side network on the first `rows` rows."""
+def measure(name: str, task: Task, reference: Any, arguments: argparse.Namespace) -> Iterator[rows.Row]:
+    """One base: bytes, speed, its own loss, and for each seed the loss after training on the first `rows` rows."""
     base = load_named(name)
     loaded = stored_bytes(base)
     speed = relative_speed(base, reference, arguments.repeats)
-    batches = task.epochs(arguments.rows, BATCH, 1, arguments.seed) if arguments.rows else []
-    learner = Learner(methods.find("side"), task, RATE, len(batches), arguments.seed, base=base)
-    validation = task.evaluated(task.validation[: arguments.validation_rows], BATCH)
-    before = learner.measure(validation)
-    for batch in tqdm(batches, name, unit="step"):
-        learner.step(task.batch(batch))
-    return {
-        "base": name, "package": QUANTIZERS[name].version() if name in QUANTIZERS else None, "task": task.name,
-        "bytes": loaded, "running_bytes": stored_bytes(base), "speed": speed, "rows": arguments.rows,
-        "validation_rows": arguments.validation_rows, "learning_rate": RATE, "seed": arguments.seed,
-        "base_loss": before, "loss": learner.measure(validation) if batches else None,
-    }  # fmt: skip
+    sets = {
+        "validation": task.evaluated(task.validation[: arguments.validation_rows], BATCH),
+        "test": task.evaluated(task.test[: arguments.test_rows], BATCH),
+    }
+    before: dict[str, float] = {}
+    for seed in arguments.seeds:
+        batches = task.epochs(arguments.rows, BATCH, 1, seed)
+        learner = Learner(methods.find("side"), task, RATE, len(batches), seed, base=base)
+        before = before or {of: learner.measure(found) for of, found in sets.items()}
+        for batch in tqdm(batches, f"{name}, seed {seed}", unit="step"):
+            learner.step(task.batch(batch))
+        yield {
+            "base": name, "package": QUANTIZERS[name].version() if name in QUANTIZERS else None, "task": task.name,
+            "bytes": loaded, "running_bytes": stored_bytes(base), "speed": speed, "rows": arguments.rows,
+            "validation_rows": arguments.validation_rows, "test_rows": arguments.test_rows, "learning_rate": RATE,
+            "seed": seed, "base_loss": before, "loss": {of: learner.measure(found) for of, found in sets.items()},
+        }  # fmt: skip
+        base = learner.model.unload()
 
 
 def main() -> None:
@@ -71,18 +81,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="where GSM8K's files are")
     parser.add_argument("--bases", nargs="+", required=True, choices=[FLOAT32, *QUANTIZERS], metavar="BASE")
-    parser.add_argument("--rows", type=int, default=80, help="training rows; none: the bases alone (80)")
-    parser.add_argument("--validation-rows", type=positive, default=32, help="rows of an evaluation (32)")
+    parser.add_argument("--rows", type=positive, default=80, help="training rows (80)")
+    parser.add_argument("--validation-rows", type=positive, default=32, help="rows to choose by (32)")
+    parser.add_argument("--test-rows", type=positive, default=60, help="rows to report (60)")
     parser.add_argument("--repeats", type=positive, default=5, help="forwards that are timed (5)")
-    parser.add_argument("--seed", type=int, default=0, help="of data order and new weights (0)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data order and weights (0 1 2)")
     arguments = parser.parse_args()
     task = load("gsm8k", smollm2_tokenizer(), arguments.data, 0)
     reference = load_named(FLOAT32)
     for name in arguments.bases:
-        row = measure(name, task, reference, arguments)
-        rows.append(NAME, row | rows.provenance())
-        trained = "" if row["loss"] is None else f", after training {row['loss']:.4f}"
-        tqdm.write(f"{name}: {row['base_loss']:.4f} nats{trained}, {row['speed']:.2f} of the speed of float32")
+        for row in measure(name, task, reference, arguments):
+            rows.append(NAME, row | rows.provenance())
+            of_base, trained = row["base_loss"]["validation"], row["loss"]["validation"]
+            tqdm.write(f"{name}: {of_base:.4f} nats, trained {trained:.4f}, {row['speed']:.2f} of float32's speed")
 
 
 if __name__ == "__main__":

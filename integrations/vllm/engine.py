@@ -42,6 +42,8 @@ class VLLMEngine(Engine):
     """
 
     def __init__(self, name: str, **options: Any) -> None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("Several processes were launched, but vLLM starts its own: set tensor_parallel_size.")
         self.name, self.options = name, options
         self.config = AutoConfig.from_pretrained(name)
         self.architecture = (self.config.architectures or ["a model without a name"])[0]

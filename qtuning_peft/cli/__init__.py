@@ -14,6 +14,7 @@ from .hub import info, pull, push
 from .recipes import app as recipes_app
 from .serve import serve
 from .states import states
+from .train import train
 
 app = typer.Typer(name="qtuning", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
@@ -68,6 +69,7 @@ def sft(context: typer.Context) -> None:
 
 app.command()(commands.Command(commands.score, EUScorer))
 app.command()(commands.Command(states, EUScorer))
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 app.command()(commands.Command(commands.prune, EUPruner))
 app.command()(commands.Command(commands.plot, EUPruner))
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)

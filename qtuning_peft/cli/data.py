@@ -6,13 +6,15 @@ Files of JSON lines, Parquet, or folders of `Dataset.save_to_disk`; what the out
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from functools import update_wrapper
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+import torch
 import typer
+from accelerate import PartialState
 from datasets import Dataset
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # imported there, not exported
 from rich.console import Console
@@ -21,13 +23,15 @@ from safetensors import SafetensorError
 
 from ..atomic import alone_with
 from ..eu_plane.dataset import score as score_dataset
-from ..eu_plane.files import JSON_LINES, check_output, read_data, write_data
+from ..eu_plane.files import check_output, read_data, write_data
 from ..eu_plane.plot import plot_plane
 from ..eu_plane.pruner import EUPruner
 from ..eu_plane.report import write_report
 from ..loading import load_model, load_tokenizer
+from ..processes import SharedWork
 from ..registry import help_of
-from ..stored import MANIFEST, load_states
+from ..stored import MANIFEST, load_states, prune_states
+from ..view import STATES, VIEW
 
 console = Console(stderr=True)
 
@@ -115,22 +119,28 @@ def score(
 ) -> None:
     """Score every sample on the Error-Uncertainty plane.
 
-    Interrupted and started again, it goes on where it stopped. Rows may have messages, prompt and completion,
-    instruction and output, text, or input_ids and labels.
+    Interrupted and started again, it goes on where it stopped. Under `accelerate launch -m qtuning_peft.cli score ...`
+    processes share the rows. Rows may have messages, prompt and completion, instruction and output, text, or input_ids
+    and labels.
     """
     check_output(output, overwrite)
     options["columns"] = columns_from(options["columns"])
     parts = resume_dir or output.with_name(f"{output.name}.parts")
-    with alone_with(output):
+    process = PartialState(cpu=not torch.cuda.is_available())  # one of several, if launched so
+    with SharedWork() as work, alone_with(output) if work.main else nullcontext():
         rows = read_data(data, split)
         loaded, tokenizer = load_model(model, load_in_4bit, gguf_file, dtype)
         if options["reference_model"]:
             options["reference_model"] = load_model(options["reference_model"], load_in_4bit, dtype=dtype)[0]
-        scored = score_dataset(rows, loaded, tokenizer, resume_dir=parts, **options)
-        write_data(scored, output, overwrite)
-        if resume_dir is None:
-            remove_parts(parts)
-    console.print(f"{len(scored)} rows scored: {output}", highlight=False)
+        scored = score_dataset(rows, loaded, tokenizer, resume_dir=parts, work=work, **options)
+        # All have read the parts.
+        work.meet()
+        if work.main:
+            write_data(scored, output, overwrite)
+            if resume_dir is None:
+                remove_parts(parts)
+            console.print(f"{len(scored)} rows scored: {output}", highlight=False)
+    process.destroy_process_group()
 
 
 def prune(
@@ -140,12 +150,21 @@ def prune(
     overwrite: Overwrite = False,
     **options: Any,
 ) -> None:
-    """Keep the best of scored data. Runs no model: prune again with other ratios as often as you like."""
-    check_output(output, overwrite)
+    """Keep the best of scored data. Runs no model: prune again with other ratios as often as you like.
+
+    Of a folder of states, a folder as output is a view: it names rows and labels, and copies no states.
+    """
     pruner = make_pruner(options)
+    if ((data / MANIFEST).is_file() or (data / VIEW).is_file()) and not output.suffix:
+        if output.exists() and not overwrite:
+            raise ValueError(f"{output} is there already; choose another output, or give --overwrite.")
+        prune_states(data, pruner, output)
+        console.print(f"{pruner.pruned}: {output}", highlight=False)
+        return
+    check_output(output, overwrite)
     rows = read_scored(data, split)
-    if output.suffix.lower() in JSON_LINES:  # which has no bytes
-        rows = rows.remove_columns([name for name in ("states", "state_tokens") if name in rows.column_names])
+    # Files have no use for them, and lines no bytes.
+    rows = rows.remove_columns([name for name in STATES if name in rows.column_names])
     pruner.fit(rows)
     with alone_with(output):
         write_data(rows.map(pruner, batched=True, keep_in_memory=True), output, overwrite)
@@ -188,7 +207,8 @@ def remove_parts(folder: Path) -> None:
 
 def read_scored(path: Path, split: str | None) -> Dataset:
     """Scored data, or a folder of states."""
-    return load_states(path) if (path / MANIFEST).is_file() else read_data(path, split)
+    stored = (path / MANIFEST).is_file() or (path / VIEW).is_file()
+    return load_states(path) if stored else read_data(path, split)
 
 
 def columns_from(entries: list[str] | None) -> dict[str, str]:

@@ -4,13 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
+from accelerate import PartialState
 
 from ..eu_plane.files import read_data
 from ..loading import load_model, load_tokenizer
 from ..registry import Registry
 from ..side_tuning import SideTuningConfig
-from ..states.format import FORMATS
+from ..states.projection import CHANNELS, describe_formats
 from ..stored import MANIFEST, compute_states
 from .data import Overwrite, Split, columns_from, console
 
@@ -37,7 +39,8 @@ def states(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder that the states go to.")],
     split: Split = None,
     tap_every: Annotated[int, typer.Option(help="Tap every how-many-th block; as in the side network.")] = 3,
-    states_format: Annotated[str, typer.Option(help=f"How states are stored. {FORMATS.describe()}.")] = "bfloat16",
+    states_format: Annotated[str, typer.Option(help=f"How states are stored. {describe_formats()}.")] = "bfloat16",
+    channels: Annotated[int, typer.Option(help="Of each tap, for the format projection.")] = CHANNELS,
     load_in_4bit: Annotated[bool, typer.Option(help="Quantize the model to NF4 with bitsandbytes.")] = False,
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file in the model's folder.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's.")] = "auto",
@@ -47,7 +50,8 @@ def states(
 ) -> None:
     """Score a data set and store the base's hidden states, from which side networks train without the base.
 
-    Interrupted and started again, it goes on where it stopped. The folder can be pruned like any scored data.
+    Interrupted and started again, it goes on where it stopped. Under `accelerate launch -m qtuning_peft.cli states ...`
+    processes share the rows. The folder can be pruned like any scored data.
     """
     if output.is_file():
         raise ValueError(f"{output} is a file; name a folder.")
@@ -57,9 +61,15 @@ def states(
         raise ValueError("--reference-model is given, but stored states are of one model; score with it by itself.")
     options["columns"] = columns_from(options["columns"])
     ENGINES.check(engine)
+    process = PartialState(cpu=not torch.cuda.is_available())  # one of several, if launched so
     rows = read_data(data, split)
     loaded, tokenizer = ENGINES[engine](model, load_in_4bit, gguf_file, dtype)
     config = SideTuningConfig(tap_every=tap_every)
-    stored = compute_states(rows, loaded, tokenizer, config, output, states_format=states_format, **options)
+    stored = compute_states(
+        rows, loaded, tokenizer, config, output, states_format=states_format, channels=channels, **options
+    )
     size = sum(file.stat().st_size for file in output.iterdir())
-    console.print(f"{len(stored)} rows, {size / 2**20:.0f} MiB of states: {output}", highlight=False)
+    if process.is_main_process:
+        console.print(f"{len(stored)} rows, {size / 2**20:.0f} MiB of states: {output}", highlight=False)
+    if process.num_processes > 1:  # else a group is somebody else's
+        process.destroy_process_group()

@@ -8,8 +8,9 @@ the same to the bit.
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..atomic import replacing
+from ..processes import SharedWork
 from .pruner import EUPruner
 from .scorer import EUScorer, refuse_own
 
@@ -31,7 +33,7 @@ Data = TypeVar("Data", Dataset, DatasetDict, IterableDataset, IterableDatasetDic
 
 def score(
     dataset: Data, model: nn.Module, tokenizer: Any = None, *, resume_dir: str | os.PathLike[str] | None = None,
-    rows_per_part: int = 256, progress: bool = True, **settings: Any,
+    rows_per_part: int = 256, progress: bool = True, work: SharedWork | None = None, **settings: Any,
 ) -> Data:  # fmt: skip
     """Score a data set; add the columns of [`EUScorer`].
 
@@ -42,6 +44,8 @@ def score(
             where it stopped. It may serve several data sets and models, and can be deleted afterwards.
         rows_per_part: Rows scored together, sorted by length among themselves.
         progress: Show a progress bar.
+        work: Processes that share the scoring, all of which make this call and get the result; `resume_dir` is where
+            they find each other's parts.
         **settings: Of [`EUScorer`].
     """
     if rows_per_part < 1:
@@ -49,7 +53,11 @@ def score(
     scorer = EUScorer(model, tokenizer, **settings)
     if isinstance(dataset, (IterableDataset, IterableDatasetDict)):
         return dataset.map(scorer, batched=True, batch_size=rows_per_part)
-    scored = partial(_score, scorer=scorer, resume_dir=resume_dir, rows_per_part=rows_per_part, progress=progress)
+    work = work or SharedWork(shared=False)
+    refuse_shards(scorer, work)
+    scored = partial(
+        _score, scorer=scorer, resume_dir=resume_dir, rows_per_part=rows_per_part, progress=progress, work=work
+    )
     if isinstance(dataset, DatasetDict):
         return DatasetDict({name: scored(split) for name, split in dataset.items()})
     return scored(dataset)
@@ -83,50 +91,88 @@ def prune(
 
 
 def _score(
-    dataset: Dataset, scorer: EUScorer, resume_dir: str | os.PathLike[str] | None, rows_per_part: int, progress: bool
-) -> Dataset:
+    dataset: Dataset, scorer: EUScorer, resume_dir: str | os.PathLike[str] | None, rows_per_part: int, progress: bool,
+    work: SharedWork,
+) -> Dataset:  # fmt: skip
     look, dataset = dataset.format, dataset.with_format(None)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(resume_dir or temporary)
         if folder.is_file():
             raise ValueError(f"resume_dir is {folder}, which is a file; name a folder.")
-        parts = [part for _, part in score_parts(dataset, scorer, folder, rows_per_part, progress)]
-    scores = concatenate_datasets(parts)
+        if resume_dir is None and work.count > 1:
+            raise ValueError("resume_dir is None, but processes share the work; name a folder that all of them see.")
+        files = score_parts(dataset, Parts(scorer, folder), rows_per_part, progress, work)
+        scores = concatenate_datasets([require_part(file) for file in files])
     others = [name for name in dataset.column_names if name not in scores.column_names]
     scored = concatenate_datasets([dataset.select_columns(others), scores], axis=1) if others else scores
     return scored.with_format(look["type"], **look["format_kwargs"])
 
 
-def score_parts(
-    dataset: Dataset, scorer: EUScorer, folder: Path, rows_per_part: int, progress: bool
-) -> Iterator[tuple[Path, Dataset]]:
-    """Every part's file in `folder`, and what it holds, in memory; only what is not there, or damaged, is computed."""
+def refuse_shards(scorer: EUScorer, work: SharedWork) -> None:
+    """Refuse to share work where the processes have to run every pass of a model together."""
+    if work.count > 1 and any(engine.together for engine in scorer.engines):
+        raise ValueError(
+            "The model is sharded: its processes run every pass together, and cannot share the rows; load it whole in "
+            "each process, or run one process."
+        )
+
+
+@dataclass
+class Parts:
+    """Parts of a data set as files in `folder`, each computed by `scorer` when it is not there, or damaged."""
+
+    scorer: EUScorer
+    folder: Path
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The scorer's, which reads all weights."""
+        return self.scorer.fingerprint()
+
+    def file(self, rows: Mapping[str, Sequence[Any]]) -> Path:
+        """Where the scores of `rows` are, or will be."""
+        return self.folder / f"{Hasher.hash([self.fingerprint, rows])}.arrow"
+
+    def compute(self, rows: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> Path:
+        """The file of `rows`, which `indices` number in messages, finished."""
+        file = self.file(rows)
+        if read_part(file) is None:
+            write_part(file, Dataset.from_dict(self.scorer(rows, indices)).data.table)
+        return file
+
+
+def score_parts(dataset: Dataset, parts: Parts, rows_per_part: int, progress: bool, work: SharedWork) -> list[Path]:
+    """The files of all parts of `dataset`, which the processes of `work` compute."""
     if not len(dataset):
         raise ValueError("The data is empty; there is nothing to score.")
     refuse_own(dataset.column_names)
-    scorer.encoder.format_of(dataset.column_names)
-    folder.mkdir(parents=True, exist_ok=True)
-    fingerprint = scorer.fingerprint()
-    with tqdm(total=len(dataset), desc="Scoring", unit=" rows", disable=not progress) as bar:
-        for start in range(0, len(dataset), rows_per_part):
-            indices = range(start, min(start + rows_per_part, len(dataset)))
-            rows = dataset[indices.start : indices.stop]
-            file = folder / f"{Hasher.hash([fingerprint, rows])}.arrow"
-            part = read_part(file)
-            if part is None:
-                scorer.on_progress = bar.update
-                part = Dataset.from_dict(scorer(rows, indices))
-                scorer.on_progress = None
-                _write_part(file, part.data.table)
-            else:
-                bar.set_postfix_str("resumed")
+    parts.scorer.encoder.format_of(dataset.column_names)
+    bounds = [range(start, min(start + rows_per_part, len(dataset))) for start in range(0, len(dataset), rows_per_part)]
+    files: dict[int, Path] = {}
+    with tqdm(total=len(dataset), desc="Scoring", unit=" rows", disable=not (progress and work.main)) as bar:
+        parts.scorer.on_progress = bar.update
+        for index in work.pieces(len(bounds)):
+            indices = bounds[index]
+            bar.n = indices.start
+            files[index] = parts.compute(dataset[indices.start : indices.stop], indices)
             # Rows that were not run, or as several samples.
             bar.n = indices.stop
             bar.refresh()
-            yield file, part
+        parts.scorer.on_progress = None
+        work.meet()
+        bar.n = len(dataset)
+        bar.refresh()
+    for index, indices in enumerate(bounds):
+        if index not in files:
+            rows = dataset[indices.start : indices.stop]
+            files[index] = parts.file(rows)
+            if not files[index].is_file():  # as in processes that see another folder
+                parts.compute(rows, indices)
+    return [files[index] for index in range(len(bounds))]
 
 
-def _write_part(file: Path, table: pa.Table) -> None:
+def write_part(file: Path, table: pa.Table) -> None:
+    """Write `table` to `file`, with a checksum behind it."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -145,6 +191,13 @@ def read_part(file: Path) -> Dataset | None:
         logger.warning("%s is damaged; its rows are scored again.", file)
         return None
     return Dataset(pa.ipc.open_stream(content).read_all())
+
+
+def require_part(file: Path) -> Dataset:
+    """As `read_part`; a `ValueError` where that has none."""
+    if (part := read_part(file)) is None:
+        raise ValueError(f"{file} is missing or damaged; compute the states again, which keeps the other parts.")
+    return part
 
 
 def _checksum(file: Path, content: bytes) -> bytes:

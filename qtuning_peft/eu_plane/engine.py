@@ -14,10 +14,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..head import causal_model
+from ..sharding import is_sharded
 from ..side_tuning.follow import find_decoder
 from ..side_tuning.network import BaseShape
 from .batching import PLANE, run
-from .fingerprint import add_model
+from .fingerprint import add_model, weights_of
 from .scores import SCORES
 from .tokenized import Sample
 
@@ -29,11 +30,13 @@ class Engine(ABC):
         name: The model's name or folder.
         config: Its configuration.
         vocabulary: Number of tokens that it has embeddings for.
+        together: Whether the processes of the process group have to run every pass together.
     """
 
     name: str
     config: Any
     vocabulary: int
+    together: bool = False
 
     @property
     def scores(self) -> Collection[str]:
@@ -66,6 +69,10 @@ class Engine(ABC):
     def head(self) -> dict[str, Tensor]:
         """The weights of the base's head, on the CPU, by their names in its module; a `ValueError` under an adapter."""
 
+    def weights(self) -> str:
+        """Fingerprint of the base's weights (`fingerprint.weights_of`); empty where the engine does not show them."""
+        return ""
+
     @abstractmethod
     def add_to(self, digest: xxhash.xxh3_128) -> None:
         """Add to `digest` everything that what this engine computes depends on."""
@@ -78,6 +85,7 @@ class TransformersEngine(Engine):
         self.model, self.base = model, causal_model(model)
         self.name, self.config = self.base.name_or_path, self.base.config
         self.vocabulary = self.base.get_input_embeddings().weight.shape[0]
+        self.together = is_sharded(model) or (getattr(self.base, "tp_size", None) or 1) > 1
 
     def run(self, *args: Any, **kwargs: Any) -> dict[str, list[np.ndarray]]:
         """See [`Engine`]."""
@@ -94,6 +102,10 @@ class TransformersEngine(Engine):
         return {
             name: tensor.cpu().contiguous() for name, tensor in self.base.get_output_embeddings().state_dict().items()
         }
+
+    def weights(self) -> str:
+        """See [`Engine`]."""
+        return weights_of(self.base)
 
     def add_to(self, digest: xxhash.xxh3_128) -> None:
         """See [`Engine`]."""

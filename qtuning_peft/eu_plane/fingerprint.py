@@ -60,6 +60,23 @@ def add_model(digest: xxhash.xxh3_128, model: nn.Module) -> None:
         digest.update(stable([name, config.to_dict()]))
 
 
+def weights_of(base: nn.Module) -> str:
+    """Fingerprint of a model's own weights, whether or not adapters sit in it."""
+    digest = xxhash.xxh3_128(type(base).__name__.encode())
+    inside = [
+        f"{path}.{name}."
+        for path, module in base.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        for name in module.adapter_layer_names + module.other_param_names
+    ]
+    for name, value in sorted({**dict(base.named_parameters()), **dict(base.named_buffers())}.items()):
+        if not name.startswith(tuple(inside)):
+            module = base.get_submodule(name.rpartition(".")[0])
+            for part in parts_of(value, module):
+                add_tensor(digest, name.replace(".base_layer.", "."), part)
+    return digest.hexdigest()
+
+
 def parts_of(value: Any, module: nn.Module) -> list[Any]:
     """The tensors that a parameter or buffer of `module` consists of, the same however kernels have repacked it."""
     if (state := getattr(value, "quant_state", None)) is not None:  # 4 bits, of bitsandbytes

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..registry import option
 from ..side_tuning.network import NetworkSettings
 from ..states.format import FORMATS
+from ..states.projection import Projection, format_of
 from .batching import PLANE
 from .engine import Engine, engine_of
 from .fingerprint import fingerprint
@@ -57,6 +58,7 @@ class EUScorer:
         states: Also add the base's hidden states that this side network would read, as column `states` (bytes, see
             `states.format`) of the tokens `state_tokens`, indices into `input_ids`.
         states_format: How they are stored: bfloat16, float16, float32 or int8.
+        projection: Or with this projection, in 8 bits.
 
     A row that cannot be scored does not raise: it is warned about, and `unscored` says why.
     """
@@ -77,6 +79,7 @@ class EUScorer:
 
     states: NetworkSettings | None = None
     states_format: str = "bfloat16"
+    projection: Projection | None = None
 
     def __post_init__(self) -> None:
         FORMATS.check(self.states_format)
@@ -183,7 +186,7 @@ class EUScorer:
             of_rows: list[list[Tensor]] = [[] for _ in encoded]
             for index, sample in enumerate(samples):
                 of_rows[sample.row].append(states[index])
-            encode = FORMATS[self.states_format].encode
+            encode = format_of(self.states_format, self.projection).encode
             columns["states"] = [encode(torch.cat(parts, dim=1)) if parts else b"" for parts in of_rows]
         return columns
 
@@ -199,8 +202,13 @@ class EUScorer:
         """Fingerprint of what this scorer computes: it changes with weights, adapters, tokenizer and settings."""
         settings = [self.encoder.columns, self.chat_template, self.max_length, self.tokens_per_batch]
         settings += [self.layers, self.states_format] if self.states is not None else []
-        second = [] if self.reference_model is None else [engine_of(self.reference_model)]
-        return fingerprint([*settings, self.scores], self.tokenizer, [self.engine, *second])
+        settings += [self.projection.fingerprint()] if self.projection is not None else []
+        return fingerprint([*settings, self.scores], self.tokenizer, self.engines)
+
+    @property
+    def engines(self) -> list[Engine]:
+        """What runs the model, and the reference model if there is one."""
+        return [self.engine, *([] if self.reference_model is None else [engine_of(self.reference_model)])]
 
     def __reduce__(self) -> Any:
         # `map` pickles its function to name its cache; copying a whole model for that would cost more than scoring.

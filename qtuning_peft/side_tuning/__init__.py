@@ -4,6 +4,6 @@
 """
 
 from .follow import fit_projections
-from .peft import SideTuningConfig, SideTuningModel
+from .peft import SideTuningConfig, SideTuningModel, hotswap_adapter
 
-__all__ = ["SideTuningConfig", "SideTuningModel", "fit_projections"]
+__all__ = ["SideTuningConfig", "SideTuningModel", "fit_projections", "hotswap_adapter"]

@@ -3,5 +3,9 @@
 from .memory import HiddenStateCache
 from .prefix import PromptPrefix, common_prefix
 from .reuse import Reuse, cache_states, may_serve, reuse_of
+from .stores import FolderStore, MemoryStore, Store
 
-__all__ = ["HiddenStateCache", "PromptPrefix", "Reuse", "cache_states", "common_prefix", "may_serve", "reuse_of"]
+__all__ = [
+    "FolderStore", "HiddenStateCache", "MemoryStore", "PromptPrefix", "Reuse", "Store", "cache_states", "common_prefix",
+    "may_serve", "reuse_of",
+]  # fmt: skip

@@ -1,5 +1,7 @@
 """How hidden states are stored: as they are, in 16 bits, or in 8 bits with a scale for each token and tap.
 
+What is fitted to the data first is in `projection`.
+
 q = round(h / s),     s = max |h| / 127 over the d numbers of one token and tap:     d + 2 bytes of them
 """
 

@@ -1,14 +1,15 @@
-"""The hidden-state cache: what the base computes for a row, kept in main memory from its first epoch to its last.
+"""The hidden-state cache: what the base computes for a row, kept from its first epoch to its last, or longer.
 
 The base never changes (QST, ACL 2024, section 3), so what it computes for a row in the first epoch holds in every
 other: from the second on a step is the side network and the head. Of a row n positions are read, and take
-n (N + 2) d numbers of 16 bits for N taps, the embeddings and the final norm. Rows beyond the budget are computed every
-time.
+n (N + 2) d numbers for N taps, the embeddings and the final norm; where they are kept is said in `stores`. Rows for
+which there is no room are computed every time.
 """
 
 from collections.abc import Collection
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,19 +17,28 @@ from ..reading import read_positions
 from ..sharding import agreed
 from ..side_tuning.follow import AtPositions, BaseStates, Follower, Listener
 from .prefix import is_prefix
+from .stores import Store, key_of
 
 
 class HiddenStateCache:
-    """States of the tapped blocks `layers` by the tokens of a row, in `budget` bytes, of which `used` are used."""
+    """States of the tapped blocks `layers` by the tokens of a row, in `store`.
 
-    def __init__(self, budget: int, layers: Collection[int]) -> None:
-        self.budget, self.layers, self.used = budget, layers, 0
-        self._rows: dict[bytes, Tensor] = {}  # (N + 2, n, d): embeddings, taps, final norm
+    Attributes:
+        prefix: Tokens (P,) that a pass behind a prompt prefix has left out.
+    """
+
+    def __init__(self, store: Store, layers: Collection[int]) -> None:
+        self.store, self.layers = store, layers
+        self.prefix = np.zeros(0, np.int64)
         self._like: BaseStates | None = None  # of no tokens: devices, dtypes, kind of output
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copied or pickled model computes its own.
-        return {**vars(self), "used": 0, "_rows": {}, "_like": None}
+        return {**vars(self), "_like": None}
+
+    @property
+    def used(self) -> int:
+        """Bytes that the store has taken."""
+        return self.store.used
 
     def serve(self, follower: Follower, inputs: dict[str, Any], listener: Listener) -> Any:
         """What the decoder returns for a pass that may be served, from cached states or from the base's, now cached.
@@ -37,14 +47,14 @@ class HiddenStateCache:
         """
         input_ids: Tensor = inputs["input_ids"]  # (batch, length)
         read = _kept(input_ids, inputs.get("attention_mask"))  # (batch, length)
-        # The same tokens behind the prompt prefix are not the same row.
-        behind = b"+" if is_prefix(inputs) else b""
-        keys = [behind + key for key in _keys(input_ids, read)]
-        known = self._like is not None and all(key in self._rows for key in keys)
+        keys = _keys(input_ids, read, self.prefix if is_prefix(inputs) else self.prefix[:0])
+        kept = [] if self._like is None else [self.store.get(key) for key in keys]
+        found = [states for states in kept if states is not None]
+        known = self._like is not None and len(found) == len(keys)
         place = AtPositions(listener.listener if isinstance(listener, AtPositions) else listener, read)
         if agreed(known, follower.decoder, input_ids):
             assert self._like is not None
-            states = self._like.with_parts(torch.cat([self._rows[key] for key in keys], dim=1).unsqueeze(1))
+            states = self._like.with_parts(torch.cat(found, dim=1).unsqueeze(1))
         else:
             states = BaseStates(self.layers)
             with torch.no_grad():
@@ -64,13 +74,9 @@ class HiddenStateCache:
 
     def _add(self, keys: list[bytes], states: BaseStates, lengths: list[int]) -> None:
         parts = states.parts()
-        dtype = parts[0].dtype if parts[0].dtype.itemsize == 2 else torch.bfloat16
-        rows = torch.stack([part[0].to(parts[0].device, dtype) for part in parts]).cpu()  # (N + 2, tokens, d)
+        rows = torch.stack([part[0].to(parts[0].device, parts[0].dtype) for part in parts]).cpu()  # (N + 2, tokens, d)
         for key, row in zip(keys, rows.split(lengths, dim=1), strict=True):
-            size = row.nbytes
-            if key not in self._rows and self.used + size <= self.budget:
-                self._rows[key] = row.clone()
-                self.used += size
+            self.store.add(key, row)
 
 
 def _kept(input_ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -81,8 +87,7 @@ def _kept(input_ids: Tensor, mask: Tensor | None) -> Tensor:
     return torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask[:, -input_ids.shape[1] :].bool()
 
 
-def _keys(input_ids: Tensor, read: Tensor) -> list[bytes]:
-    """Of every row, its tokens up to the last position that is read, and which are."""
-    tokens, kept = input_ids.to("cpu", torch.int64).numpy(), read.cpu().numpy()
-    lengths = [int(row.nonzero()[0].max(initial=-1)) + 1 for row in kept]
-    return [tokens[index, :length].tobytes() + kept[index, :length].tobytes() for index, length in enumerate(lengths)]
+def _keys(input_ids: Tensor, read: Tensor, prefix: np.ndarray) -> list[bytes]:
+    """The key of every row (see `stores`), with the prefix (P,) in front of it."""
+    rows = zip(input_ids.cpu().numpy(), read.cpu().numpy(), strict=True)
+    return [key_of(np.concatenate([prefix, row]), kept.nonzero()[0] + len(prefix)) for row, kept in rows]

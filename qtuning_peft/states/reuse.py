@@ -9,6 +9,7 @@ all processes reuse, or none (see `sharding`).
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from ..sharding import agreed
 from ..side_tuning.follow import Follower, follower_of
 from .memory import HiddenStateCache
 from .prefix import CACHE_NAMES, PromptPrefix
+from .stores import MemoryStore, Store
 
 # Arguments of a decoder that ask for, or bring, more than the last hidden state.
 MORE = ("output_hidden_states", "output_attentions", "output_router_logits", *CACHE_NAMES)
@@ -34,8 +36,8 @@ class Reuse:
     def cache_prefix(self, input_ids: Sequence[int]) -> None:
         """Compute the tokens `input_ids` once for all rows that begin with them; none for an empty list."""
         self.prefix = PromptPrefix(input_ids) if len(input_ids) else None
-        if self.cache is not None:  # of rows behind another prefix
-            self.cache = HiddenStateCache(self.cache.budget, self.cache.layers)
+        if self.cache is not None:
+            self.cache.prefix = np.asarray(input_ids, np.int64)
 
     def __call__(self, follower: Follower, *args: Any, **kwargs: Any) -> Any:
         """What the decoder returns."""
@@ -116,9 +118,14 @@ def reuse_of(model: nn.Module) -> Reuse | None:
     return follower.intercept
 
 
-def cache_states(model: nn.Module, budget: int) -> None:
-    """Cache the base's states of rows that the active adapter trains on, in `budget` bytes; none for zero."""
+def cache_states(model: nn.Module, store: Store | int) -> None:
+    """Cache the base's states of rows that the active adapter trains on, in `store`, or so many bytes of memory."""
     follower, reuse = follower_of(model), reuse_of(model)
     if follower is not None and reuse is not None:
         network = follower.host.active_network()
-        reuse.cache = HiddenStateCache(budget, network.layers) if budget and network is not None else None
+        store = MemoryStore(store) if isinstance(store, int) and store else store
+        reuse.cache = None
+        if network is not None and not isinstance(store, int):
+            reuse.cache = HiddenStateCache(store, network.layers)
+            if reuse.prefix is not None:
+                reuse.cache.prefix = reuse.prefix.input_ids.numpy()

@@ -58,6 +58,9 @@ class Host(Protocol):
     def make_listener(self) -> Listener | None:
         """Who listens to the next pass."""
 
+    def listener_of(self, name: str) -> Listener:
+        """The side network `name`, as a listener."""
+
     def prepare_base(self, decoder: nn.Module) -> None:
         """Called before every pass."""
 

@@ -48,12 +48,13 @@ class BaseStates:
         return normed
 
     def replay(self, listener: Listener) -> Any:
-        """Notify `listener` of all of it again; returns what the decoder would then return."""
+        """Notify `listener` of all that it wants of it; returns what the decoder would then return."""
         assert self.embeddings is not None
         assert self.normed is not None
         listener.begin(self.embeddings, BlockCall())
         for index, hidden_states in self.blocks:
-            listener.block(index, hidden_states, BlockCall())
+            if index in listener.layers:
+                listener.block(index, hidden_states, BlockCall())
         output = copy(self.output)
         output["last_hidden_state"] = listener.end(self.normed)
         return output

@@ -31,7 +31,7 @@ def dry_run(base: nn.Module, config: SideTuningConfig) -> None:
             place(twin, decoder, layer)
             settings = copy(config)
             settings.compute_dtype = SideTuningConfig.compute_dtype
-            layer.update_layer(NAME, settings, decoder.shape)
+            layer.update_layer(NAME, settings)
             layer.set_adapter(NAME)
             layer.attach_to_base(decoder)
             tokens = torch.ones(1, 2, dtype=torch.int64)

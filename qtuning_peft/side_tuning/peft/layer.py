@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...reading import read_positions
 from ..follow import BASE, Decoder, Follower, Listener, MixedRows, SideRun, at_read_positions
-from ..network import BaseShape, SideNetwork
+from ..network import SideNetwork
 from .config import SideTuningConfig
 from .files import check_tensors
 
@@ -34,7 +34,7 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, decoder: Decoder) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        self.base_layer, self.shape = base_layer, decoder.shape
         self.qst_side_network = nn.ModuleDict()
         self._disable_adapters = False
         self._active_adapter: list[str] = []
@@ -43,9 +43,9 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         self._last_block = [decoder.blocks[-1]]
         self.follower: Follower | None = None
 
-    def update_layer(self, adapter_name: str, config: SideTuningConfig, shape: BaseShape) -> None:
-        """Add a side network named `adapter_name`; a `ValueError` when `config` does not fit the base."""
-        network = SideNetwork(config, shape)
+    def update_layer(self, adapter_name: str, config: SideTuningConfig) -> None:
+        """Make a side network named `adapter_name`; a `ValueError` when `config` does not fit the base."""
+        network = SideNetwork(config, self.shape)
         network.train(self.training)
         self.qst_side_network[adapter_name] = network
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -94,12 +94,16 @@ class SideTuningLayer(nn.Module, BaseTunerLayer):
         """The active side network, to listen to the next pass of the base: where it is read, if it does not attend."""
         names = None if self.follower is None else self.follower.current.adapter_names
         if names is not None and not self.disable_adapters:
-            return MixedRows(names, {name: SideRun(self._network(name), name) for name in {*names} - {BASE}})
+            return MixedRows(names, {name: self.listener_of(name) for name in {*names} - {BASE}})
         network = self.active_network()
         if network is None:
             return None
         run = SideRun(network, self._active_names()[0])
         return run if network.attends else at_read_positions(run, read_positions())
+
+    def listener_of(self, name: str) -> Listener:
+        """The side network `name`, active or not, to listen to a pass of the base."""
+        return SideRun(self._network(name), name)
 
     def _active_names(self) -> list[str]:
         return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.qst_side_network]

@@ -85,9 +85,8 @@ class SideTuningModel(BaseTuner):
         given = {name: value for name, value in kwargs.items() if value is not None}
         _warn_of_input_gradient(given)
         if "states" in given:
-            loss = stored_cross_entropy(
-                self.model, given["states"], given["labels"], num_items=given.get("num_items_in_batch")
-            )
+            items, layers = given.get("num_items_in_batch"), given.get("state_layers")
+            loss = stored_cross_entropy(self.model, given["states"], given["labels"], items, layers)
             return CausalLMOutputWithPast(loss=loss)
         if not chunked_loss or not {"input_ids", "labels"} <= given.keys() or not is_causal(self.model):
             with self._reading(given):
@@ -187,10 +186,12 @@ class SideTuningModel(BaseTuner):
         *args: Any, **kwargs: Any,
     ) -> None:  # fmt: skip
         assert isinstance(peft_config, SideTuningConfig)
-        decoder = find_decoder(self.model)
-        layer = target if isinstance(target, SideTuningLayer) else SideTuningLayer(target, decoder)
-        layer.update_layer(adapter_name, peft_config, decoder.shape)
-        if layer is not target:
+        if isinstance(target, SideTuningLayer):
+            target.update_layer(adapter_name, peft_config)
+        else:
+            decoder = find_decoder(self.model)
+            layer = SideTuningLayer(target, decoder)
+            layer.update_layer(adapter_name, peft_config)
             layer.set_adapter(self.active_adapters)
             layer.attach_to_base(decoder)
             self._replace_module(parent, target_name, layer, target)
