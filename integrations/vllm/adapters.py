@@ -89,7 +89,6 @@ class SideAdapters:
                     "when the server starts."
                 )
             self.networks[request.lora_int_id] = self._in_dtype(network).to(self.device)
-        self.networks.move_to_end(request.lora_int_id)
         return True
 
     def _in_dtype(self, network: SideNetwork) -> SideNetwork:
@@ -105,7 +104,9 @@ class SideAdapters:
         if self.warming_up:
             return
         for request in requests:
-            self.add_adapter(request)
+            if request.lora_int_id not in self.networks:  # evicted since it was loaded
+                self.add_adapter(request)
+            self.networks.move_to_end(request.lora_int_id)
         while len(self.networks) > self.capacity:
             self.networks.popitem(last=False)
         ids = torch.tensor(mapping.index_mapping, dtype=torch.int32)

@@ -99,6 +99,24 @@ def test_scores_and_states_are_those_of_transformers(family: str, tmp_path: Path
     assert engine.vocabulary == expected.vocabulary
 
 
+def test_in_16_bits_scores_stay_exact(tmp_path: Path) -> None:
+    model = small(tmp_path, FAMILIES["llama"]())
+    with torch.no_grad():  # flatter, as rounding is large beside weights of this size
+        model.lm_head.weight.mul_(0.1)
+    model.bfloat16().save_pretrained(tmp_path)
+    row = token_ids(1, 40)[0].tolist()
+    samples = [Sample(0, row, [-100] * 8 + row[8:])]
+    with closing(VLLMEngine(str(tmp_path), **OPTIONS | {"dtype": "bfloat16"})) as engine:
+        scores, states = passed(engine, samples)
+    wanted, wanted_states = passed(TransformersEngine(model), samples)
+    assert states[0].dtype == wanted_states[0].dtype == torch.bfloat16
+    assert torch.equal(states[0][0], wanted_states[0][0])
+    # Scores come in float32: their last digits are there.
+    own = torch.from_numpy(scores["error"][0]).float()
+    assert (own != own.bfloat16()).all()
+    np.testing.assert_allclose(scores["error"][0], wanted["error"][0], atol=0.1)
+
+
 def test_other_weights_are_another_engine(tmp_path: Path) -> None:
     folders = [tmp_path / "one", tmp_path / "same", tmp_path / "other"]
     for folder in folders:

@@ -88,6 +88,54 @@ def expected(smollm2: Path, adapters: dict[str, Path]) -> dict[tuple[str | None,
     return answers
 
 
+def small_pair(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Any]]:
+    """A small random model with an adapter, and the options that serve both."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config_of("llama", **GROUPED | {"hidden_size": 128, "head_dim": 32}))
+    base.to(dtype).save_pretrained(folder / "base")
+    word_tokenizer().save_pretrained(folder / "base")
+    side = get_peft_model(base, SideTuningConfig(task_type="CAUSAL_LM", layers_to_transform=[1])).eval()
+    randomize_side_network(side, scale=0.5)
+    side.save_pretrained(folder / "side")
+    options = engine_options(str(folder / "base"), {"side": folder / "side"})
+    return side, options | OPTIONS | {"max_model_len": 64, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def prompt_likelihoods(answer: Any) -> torch.Tensor:
+    return torch.tensor([next(iter(entry.values())).logprob for entry in answer.prompt_logprobs[1:]])
+
+
+def likelihoods(model: Any, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, :-1].float()
+    return logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def test_in_16_bits(tmp_path: Path) -> None:
+    side, options = small_pair(tmp_path, torch.bfloat16)
+    llm = LLM(**options)
+    ids = [5, 6, 7, 50, 51, 52]
+    sampling, request = (
+        SamplingParams(max_tokens=1, prompt_logprobs=0),
+        LoRARequest("side", 300, str(tmp_path / "side")),
+    )
+    prompts = [{"prompt_token_ids": ids}] * 2
+    answers = llm.generate(prompts, sampling, lora_request=[None, request], use_tqdm=False)
+    llm.llm_engine.engine_core.shutdown()
+    plain, tuned = map(prompt_likelihoods, answers)
+    torch.testing.assert_close(tuned, likelihoods(side, ids), atol=0.05, rtol=0)
+    with side.disable_adapter():
+        torch.testing.assert_close(plain, likelihoods(side, ids), atol=0.05, rtol=0)
+    assert (plain - tuned).abs().max() > 0.5
+
+
+def test_draft_models_are_refused(tmp_path: Path) -> None:
+    _, options = small_pair(tmp_path)
+    draft = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    with pytest.raises(ValueError, match="draft models do not know side networks"):
+        LLM(**options, speculative_config=draft)
+
+
 @pytest.mark.smollm2
 def test_a_batch_of_adapters_and_the_base(
     smollm2: Path, adapters: dict[str, Path], expected: dict[tuple[str | None, str], list[int]], tmp_path: Path
@@ -95,15 +143,8 @@ def test_a_batch_of_adapters_and_the_base(
     requests = {name: LoRARequest(name, 1 + i, str(folder)) for i, (name, folder) in enumerate(adapters.items())}
     llm = LLM(**engine_options(str(smollm2), adapters), **OPTIONS, max_num_batched_tokens=1024)
     # Another engine in this process, with an adapter of the same number.
-    small = AutoModelForCausalLM.from_config(config_of("llama", **GROUPED | {"hidden_size": 128, "head_dim": 32}))
-    small.save_pretrained(tmp_path / "base")
-    word_tokenizer().save_pretrained(tmp_path / "base")
-    side = get_peft_model(small, SideTuningConfig(task_type="CAUSAL_LM", layers_to_transform=[1])).eval()
-    randomize_side_network(side, scale=0.5)
-    side.save_pretrained(tmp_path / "side")
-    other = LLM(
-        **engine_options(str(tmp_path / "base"), {"side": tmp_path / "side"}), **OPTIONS | {"max_model_len": 64}
-    )
+    side, options = small_pair(tmp_path)
+    other = LLM(**options)
 
     wanted = list(expected)
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, prompt_logprobs=0)
@@ -121,13 +162,11 @@ def test_a_batch_of_adapters_and_the_base(
     # The likelihood of a prompt is the adapter's too, at every token.
     model = model_of(smollm2, adapters)
     for (name, _), answer in zip(wanted, answers, strict=True):
-        ids = torch.tensor([answer.prompt_token_ids])
         if name is not None:
             model.set_adapter(name)
-        with torch.no_grad(), model.disable_adapter() if name is None else nullcontext():
-            theirs = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-        own = [next(iter(entry.values())).logprob for entry in answer.prompt_logprobs[1:]]
-        torch.testing.assert_close(torch.tensor(own), theirs, atol=2e-4, rtol=0)
+        with model.disable_adapter() if name is None else nullcontext():
+            theirs = likelihoods(model, answer.prompt_token_ids)
+        torch.testing.assert_close(prompt_likelihoods(answer), theirs, atol=2e-4, rtol=0)
 
     # What the base has cached of a long prompt, in several passes of it, serves every adapter.
     long = {"prompt_token_ids": torch.randint(3, 40000, (900,), generator=torch.Generator().manual_seed(0)).tolist()}
