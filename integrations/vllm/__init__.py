@@ -41,12 +41,15 @@ def engine_options(base: str, adapters: Mapping[str, str | Path], layers: Collec
     Args:
         base: A folder, or a name on the Hub.
         adapters: Folders by name.
-        layers: Further blocks that are tapped, for adapters that are loaded later.
+        layers: Further blocks that are tapped, for adapters that are loaded later; by default those of the default
+            settings, if there are no adapters.
 
     Raises:
         ValueError: when vLLM's model cannot be followed, or an adapter is damaged or belongs to another base.
     """
     from transformers import AutoConfig
+
+    from qtuning_peft.side_tuning import SideTuningConfig
 
     from .adapters import decoder_of, load_network
     from .models import refuse_unknown
@@ -55,9 +58,10 @@ def engine_options(base: str, adapters: Mapping[str, str | Path], layers: Collec
     refuse_unknown(architecture := (config.architectures or ["a model without a name"])[0])
     decoder = decoder_of(config)
     tapped = {index for folder in adapters.values() for index in load_network(folder, decoder, base).layers}
+    tapped = {*tapped, *layers} or {*SideTuningConfig().layers(decoder.shape)}
     return {
         "model": base,
         "enable_lora": True,
         "max_loras": max(len(adapters), MOST_ADAPTERS),
-        "hf_overrides": {"architectures": [f"{SERVING}{architecture}"], "qst_layers": sorted({*tapped, *layers})},
+        "hf_overrides": {"architectures": [f"{SERVING}{architecture}"], "qst_layers": sorted(tapped)},
     }
