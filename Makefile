@@ -1,4 +1,4 @@
-.PHONY: demo test test-axolotl test-swift test-llamafactory test-lm-eval test-ray test-quantizers bench-cpu bench-gpu bench-quality bench-docs format clean
+.PHONY: demo test test-axolotl test-swift test-llamafactory test-lm-eval test-ray test-vllm test-quantizers bench-cpu bench-gpu bench-quality bench-docs format clean
 
 demo:  ## install in .venv and run the demo
 	bash scripts/demo.sh
@@ -20,6 +20,9 @@ test-lm-eval:  ## the same for lm-evaluation-harness
 
 test-ray:  ## states by workers of Ray Data, in an environment of its own
 	bash scripts/test_ray.sh
+
+test-vllm:  ## serving and states in vLLM on a CPU, in an environment of its own
+	bash scripts/test_vllm.sh
 
 test-quantizers:  ## every quantization that a CPU can run, in environments beside the first
 	bash scripts/test_quantizers.sh

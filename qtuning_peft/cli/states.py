@@ -1,5 +1,6 @@
 """`qtuning states`: the base's pass over a data set, stored (see `stored`)."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,11 +9,28 @@ import typer
 from accelerate import PartialState
 
 from ..eu_plane.files import read_data
-from ..loading import load_model
+from ..loading import load_model, load_tokenizer
+from ..registry import Registry
 from ..side_tuning import SideTuningConfig
 from ..states.projection import CHANNELS, describe_formats
 from ..stored import MANIFEST, compute_states
 from .data import Overwrite, Split, columns_from, console
+
+# From a name, load_in_4bit, gguf_file and dtype to what runs the model, and its tokenizer.
+ENGINES: Registry[Callable[[str, bool, str | None, str], tuple[Any, Any]]] = Registry("engine")
+ENGINES.add("transformers", load_model, "transformers, in this process")
+
+
+@ENGINES.register("vllm")
+def vllm(model: str, load_in_4bit: bool, gguf_file: str | None, dtype: str) -> tuple[Any, Any]:
+    """vLLM, with the quantization of the checkpoint."""
+    if load_in_4bit or gguf_file:
+        raise ValueError("--load-in-4bit and --gguf-file are transformers'; with vllm, name a quantized checkpoint.")
+    try:
+        from ..integrations.vllm.engine import VLLMEngine
+    except ModuleNotFoundError as error:
+        raise ValueError("--engine vllm needs vLLM: pip install 'qtuning-peft[vllm]'.") from error
+    return VLLMEngine(model, dtype=dtype), load_tokenizer(model)
 
 
 def states(
@@ -26,6 +44,7 @@ def states(
     load_in_4bit: Annotated[bool, typer.Option(help="Quantize the model to NF4 with bitsandbytes.")] = False,
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file in the model's folder.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's.")] = "auto",
+    engine: Annotated[str, typer.Option(help=f"What runs the model. {ENGINES.describe()}.")] = "transformers",
     overwrite: Overwrite = False,
     **options: Any,
 ) -> None:
@@ -41,9 +60,10 @@ def states(
     if options.pop("reference_model", None):
         raise ValueError("--reference-model is given, but stored states are of one model; score with it by itself.")
     options["columns"] = columns_from(options["columns"])
+    ENGINES.check(engine)
     process = PartialState(cpu=not torch.cuda.is_available())  # one of several, if launched so
     rows = read_data(data, split)
-    loaded, tokenizer = load_model(model, load_in_4bit, gguf_file, dtype)
+    loaded, tokenizer = ENGINES[engine](model, load_in_4bit, gguf_file, dtype)
     config = SideTuningConfig(tap_every=tap_every)
     stored = compute_states(
         rows, loaded, tokenizer, config, output, states_format=states_format, channels=channels, **options
@@ -51,4 +71,5 @@ def states(
     size = sum(file.stat().st_size for file in output.iterdir())
     if process.is_main_process:
         console.print(f"{len(stored)} rows, {size / 2**20:.0f} MiB of states: {output}", highlight=False)
-    process.destroy_process_group()
+    if process.num_processes > 1:  # else a group is somebody else's
+        process.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Two adapters for one base, to be served together."""
