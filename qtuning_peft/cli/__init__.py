@@ -1,9 +1,11 @@
 """The command ``qtuning``."""
 
+import inspect
 import platform
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -67,14 +69,23 @@ def sft(context: typer.Context) -> None:
         trl.main(context.args)
 
 
-app.command()(commands.Command(commands.score, EUScorer))
-app.command()(commands.Command(states, EUScorer))
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
-app.command()(commands.Command(commands.prune, EUPruner))
-app.command()(commands.Command(commands.plot, EUPruner))
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
+# Their further options are those of another program, or keys of a recipe.
+OPEN: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def _add(function: Callable[..., Any], **settings: Any) -> None:
+    """Add a command, whose help is the docstring; its lines are those of a file, and a terminal has its own."""
+    paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
+    app.command(help="\n\n".join(" ".join(lines.split()) for lines in paragraphs), **settings)(function)
+
+
+for function, options in ((commands.score, EUScorer), (states, EUScorer), (commands.prune, EUPruner)):
+    _add(commands.Command(function, options))
+_add(commands.Command(commands.plot, EUPruner))
+_add(train, context_settings=OPEN)
+_add(serve, context_settings=OPEN)
 for command in (push, pull, info):
-    app.command()(command)
+    _add(command)
 app.add_typer(recipes_app)
 
 
