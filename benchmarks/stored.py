@@ -46,7 +46,7 @@ from qtuning_peft.eu_plane.tokenized import Sample
 from qtuning_peft.loss import chunked_cross_entropy
 from qtuning_peft.states.format import FORMATS
 from qtuning_peft.stored import HEAD, MANIFEST, Manifest
-from qtuning_peft.stored import _checksum as checksum
+from qtuning_peft.stored.manifest import checksum_of
 from qtuning_peft.sweep import candidates
 
 NAME = "stored"
@@ -156,7 +156,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
         write_part(folder / "part.arrow", Dataset.from_dict(row).data.table)
         del content, row
         manifest = Manifest("random", layers, config.num_hidden_layers, width, "int8", "", None, ("part.arrow",),
-                            checksum(folder / HEAD), arguments.rows)  # fmt: skip
+                            checksum_of(folder / HEAD), arguments.rows)  # fmt: skip
         (folder / MANIFEST).write_text(json.dumps(asdict(manifest)), encoding="utf-8")
         peak = Memory("cuda" if torch.cuda.is_available() else "cpu")
         model = model_from_states(folder, side).train()

@@ -16,7 +16,9 @@ from datasets import Dataset
 
 from qtuning_peft.atomic import alone_with, clean_up_after_killed
 from qtuning_peft.side_tuning import SideTuningConfig
-from qtuning_peft.stored import Manifest, describe, finish, load_states, parts_of_states
+from qtuning_peft.states.projection import CHANNELS, PROJECTION
+from qtuning_peft.stored import Manifest, load_states
+from qtuning_peft.stored.compute import describe, finish, fit_projection, parts_of_states
 
 
 class StatesWorker:
@@ -44,15 +46,22 @@ class StatesWorker:
         return {"start": batch["start"], "file": files, "manifest": manifests}
 
 
+def _fit(
+    load: Callable[[], tuple[Any, Any]], dataset: Dataset, config: SideTuningConfig, folder: Path, channels: int,
+    scoring: Mapping[str, Any],
+) -> None:  # fmt: skip
+    fit_projection(dataset, *load(), config, folder, channels, **scoring)
+
+
 def compute_states(
     dataset: Dataset, load: Callable[[], tuple[Any, Any]], config: SideTuningConfig, folder: str | Path, *,
-    workers: int = 1, states_format: str = "bfloat16", rows_per_part: int = 32,
+    workers: int = 1, states_format: str = "bfloat16", channels: int = CHANNELS, rows_per_part: int = 32,
     scoring: Mapping[str, Any] | None = None, **resources: Any,
 ) -> Dataset:  # fmt: skip
     """What [`qtuning_peft.compute_states`] does, by workers of Ray.
 
     Args:
-        dataset, config, states_format, rows_per_part: As there.
+        dataset, config, states_format, channels, rows_per_part: As there.
         load: Returns the base, or an engine that runs it, and its tokenizer; each worker calls it once, as in
             `functools.partial(qtuning_peft.loading.load_model, "MODEL", load_in_4bit=True)`.
         folder: Where the states go. All machines see it.
@@ -67,6 +76,10 @@ def compute_states(
     folder, dataset = Path(folder).absolute(), dataset.with_format(None)
     folder.mkdir(parents=True, exist_ok=True)
     with alone_with(folder):
+        if states_format == PROJECTION:
+            # By a worker of its own, as this process has no model.
+            fit = ray.remote(_fit).options(**resources)
+            ray.get(fit.remote(load, dataset, config, folder, channels, dict(scoring or {})))
         starts = range(0, len(dataset), rows_per_part)
         parts = [{"start": start, "rows": pickle.dumps(dataset[start : start + rows_per_part])} for start in starts]
         written = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(

@@ -29,9 +29,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from qtuning_peft.hub.metadata import TrainingMetadata
 from qtuning_peft.loading import load_tokenizer
 from qtuning_peft.side_tuning import SideTuningConfig
-from qtuning_peft.stored import Manifest, StatesCollator, load_states, model_from_states, states_of
+from qtuning_peft.stored import Manifest, StatesCollator, load_states, model_from_states, pruned_view, states_of
 from qtuning_peft.sweep import RESULTS, Candidate, SweepTrainer, candidates, plot_sweep
-from qtuning_peft.view import pruned_view
 
 from .blocks import EUPruningBlock, QSTBlock, read_block
 from .common import SMALLEST_LEARNING_RATE, refuse_lora

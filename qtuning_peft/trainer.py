@@ -17,8 +17,7 @@ from .eu_plane.fingerprint import weights_of
 from .head import causal_model
 from .side_tuning.follow import find_decoder, follower_of
 from .states import FolderStore, Store, cache_states, common_prefix, reuse_of
-from .stored import MANIFEST, StoredRows
-from .view import VIEW
+from .stored import MANIFEST, VIEW, StoredRows
 
 ROWS = 256
 

@@ -1,8 +1,8 @@
 """A Hugging Face Hub on the loopback, in memory and of the standard library: what the tests push to and load from.
 
-It answers what `huggingface_hub` asks about model repositories over plain HTTP: creating them, commits on branches,
-tags, large files through Git LFS with their checksums verified, and downloads by revision. A commit is applied whole
-or not at all. Transfers can be made to break half-way.
+It answers what `huggingface_hub` asks about repositories of models and data sets over plain HTTP: creating them,
+commits on branches, tags, large files through Git LFS with their checksums verified, and downloads by revision. A
+commit is applied whole or not at all. Transfers can be made to break half-way.
 
 `python tests/loopback_hub.py` serves a Hub until it is interrupted and prints the environment for its clients.
 """
@@ -25,7 +25,8 @@ from urllib.parse import unquote, urlsplit
 
 USER = "qst"
 TOKEN = "hf_loopback"
-LARGE = (".bin", ".gguf", ".model", ".msgpack", ".npz", ".onnx", ".parquet", ".pt", ".pth", ".safetensors")
+DATASETS = "datasets/"
+LARGE = (".arrow", ".bin", ".gguf", ".model", ".msgpack", ".npz", ".onnx", ".parquet", ".pt", ".pth", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,9 @@ class LoopbackHub:
 
     def create(self, body: bytes) -> Answer:
         asked = json.loads(body)
-        if asked.get("type", "model") != "model":
-            raise Refusal(400, "only model repositories are served")
-        name = f"{asked.get('organization') or USER}/{asked['name']}"
+        if (kind := asked.get("type", "model")) not in ("model", "dataset"):
+            raise Refusal(400, "only repositories of models and data sets are served")
+        name = f"{DATASETS if kind == 'dataset' else ''}{asked.get('organization') or USER}/{asked['name']}"
         told = {"url": f"{self.url}/{name}", "name": name}
         if name in self.repos:
             return _json(told, 409)
@@ -195,8 +196,8 @@ class LoopbackHub:
 
     def info(self, repo: str, revision: str = "main") -> Answer:
         commit = self.repo(repo).at(revision)
-        siblings = [{"rfilename": path} for path in commit.files]
-        return _json({"id": repo, "sha": commit.oid, "private": False, "tags": [], "siblings": siblings})
+        siblings, name = [{"rfilename": path} for path in commit.files], repo.removeprefix(DATASETS)
+        return _json({"id": name, "sha": commit.oid, "private": False, "tags": [], "siblings": siblings})
 
     def tree(self, repo: str, revision: str, folder: str = "") -> Answer:
         files = self.repo(repo).at(revision).files
@@ -278,7 +279,8 @@ def _entry(path: str, blob: Blob) -> dict[str, Any]:
     return {"type": "file", "path": path, "oid": blob.oid, "size": size} | lfs
 
 
-_API = r"/api/models/(?P<repo>[^/]+/[^/]+)"
+_REPO = rf"(?P<repo>(?:{DATASETS})?[^/]+/[^/]+)"
+_API = rf"/api/(?:models/)?{_REPO}"
 _ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("GET", r"/api/whoami-v2", LoopbackHub.whoami),
     ("POST", r"/api/validate-yaml", LoopbackHub.validate_yaml),
@@ -289,10 +291,10 @@ _ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("GET", _API + r"/revision/(?P<revision>[^/]+)", LoopbackHub.info),
     ("GET", _API + r"/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", LoopbackHub.tree),
     ("POST", _API + r"/preupload/(?P<revision>[^/]+)", LoopbackHub.preupload),
-    ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", LoopbackHub.batch),
+    ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", LoopbackHub.batch),
     ("PUT", r"/lfs/(?P<oid>\w+)/(?P<size>\d+)", LoopbackHub.store),
     ("POST", _API + r"/commit/(?P<revision>[^/]+)", LoopbackHub.commit),
-    ("GET", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", LoopbackHub.download),
+    ("GET", rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", LoopbackHub.download),
 ]
 
 

@@ -38,9 +38,11 @@ def states(case: str, folder: Path) -> str:
 
     def noting(file: Path, table: Any) -> None:
         nonlocal count
-        if case == f"killed {RANK}" and count == 2:
+        if "RANK" in os.environ and count < 2:  # so that both have something to do
+            dist.barrier()
+        if case == f"killed {RANK}" and count == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        if case == f"error {RANK}" and count == 2:
+        if case == f"error {RANK}" and count == 1:
             raise ValueError("no room")
         write_part(file, table)
         count += 1
@@ -54,8 +56,11 @@ def states(case: str, folder: Path) -> str:
             fully_shard(block)
         fully_shard(model)
     config = SideTuningConfig(reduction_factor=4, layers_to_transform=[0, 2])
+    options: dict[str, Any] = {"rows_per_part": 2}
+    if "projection" in case or case == "sharded":
+        options |= {"states_format": "projection", "channels": 8}
     try:
-        return f"{len(compute_states(data(), model, None, config, folder / 'states', rows_per_part=2))} rows"
+        return f"{len(compute_states(data(), model, None, config, folder / 'states', **options))} rows"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     finally:

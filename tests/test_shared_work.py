@@ -82,7 +82,9 @@ def finish(folder: Path, alone: dict[str, bytes]) -> None:
 
 def test_two_processes_make_the_folder_of_one(alone: dict[str, bytes], tmp_path: Path) -> None:
     """And end together, with the folder or without, whoever meets an error."""
-    assert launch(tmp_path, "whole", "error 0", "error 1", "sharded", "again") == [0, 0]
+    assert launch(tmp_path, "whole", "error 0", "error 1", "sharded", "projection", "again") == [0, 0]
+    assert said(tmp_path, "projection", 0) == shared_work_cases.states("projection alone", tmp_path / "projected")
+    assert content(tmp_path / "projection" / "states") == content(tmp_path / "projected" / "states")
     for case in ("whole", "again"):
         assert said(tmp_path, case, 0) == said(tmp_path, case, 1) == "24 rows"
         assert set(written(tmp_path / case).values()) == {"0", "1"}

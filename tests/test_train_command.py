@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from qtuning_peft import EUPruner, StatesCollator, load_states, prune_states
 from qtuning_peft.cli import app
-from qtuning_peft.view import VIEW
+from qtuning_peft.stored import VIEW
 
 RECIPE = {"qst": {"reduction_factor": 4, "tap_every": 1}, "validation": 0.25, "num_train_epochs": 2, "logging_steps": 1}
 

@@ -30,8 +30,7 @@ from ..eu_plane.report import write_report
 from ..loading import load_model, load_tokenizer
 from ..processes import SharedWork
 from ..registry import help_of
-from ..stored import MANIFEST, load_states, prune_states
-from ..view import STATES, VIEW
+from ..stored import MANIFEST, STATES, VIEW, load_states, prune_states
 
 console = Console(stderr=True)
 

@@ -14,6 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import xxhash
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
@@ -23,11 +24,13 @@ from tqdm.auto import tqdm
 
 from ..atomic import replacing
 from ..processes import SharedWork
+from .engine import Engine
 from .pruner import EUPruner
 from .scorer import EUScorer, refuse_own
 
 logger = logging.getLogger(__name__)
-CHECKSUM_BYTES = 16
+CHECKSUM_BYTES, CHUNK_BYTES = 16, 2**22
+STATES = "states"
 Data = TypeVar("Data", Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
 
 
@@ -54,7 +57,7 @@ def score(
     if isinstance(dataset, (IterableDataset, IterableDatasetDict)):
         return dataset.map(scorer, batched=True, batch_size=rows_per_part)
     work = work or SharedWork(shared=False)
-    refuse_shards(scorer, work)
+    refuse_shards(scorer.engines, work)
     scored = partial(
         _score, scorer=scorer, resume_dir=resume_dir, rows_per_part=rows_per_part, progress=progress, work=work
     )
@@ -102,15 +105,15 @@ def _score(
         if resume_dir is None and work.count > 1:
             raise ValueError("resume_dir is None, but processes share the work; name a folder that all of them see.")
         files = score_parts(dataset, Parts(scorer, folder), rows_per_part, progress, work)
-        scores = concatenate_datasets([require_part(file) for file in files])
+        scores = concatenate_datasets([_required(file) for file in files])
     others = [name for name in dataset.column_names if name not in scores.column_names]
     scored = concatenate_datasets([dataset.select_columns(others), scores], axis=1) if others else scores
     return scored.with_format(look["type"], **look["format_kwargs"])
 
 
-def refuse_shards(scorer: EUScorer, work: SharedWork) -> None:
+def refuse_shards(engines: Sequence[Engine], work: SharedWork) -> None:
     """Refuse to share work where the processes have to run every pass of a model together."""
-    if work.count > 1 and any(engine.together for engine in scorer.engines):
+    if work.count > 1 and any(engine.together for engine in engines):
         raise ValueError(
             "The model is sharded: its processes run every pass together, and cannot share the rows; load it whole in "
             "each process, or run one process."
@@ -136,8 +139,8 @@ class Parts:
     def compute(self, rows: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> Path:
         """The file of `rows`, which `indices` number in messages, finished."""
         file = self.file(rows)
-        if read_part(file) is None:
-            write_part(file, Dataset.from_dict(self.scorer(rows, indices)).data.table)
+        if not is_whole(file):
+            write_part(file, table_of(self.scorer(rows, indices)))
         return file
 
 
@@ -171,35 +174,61 @@ def score_parts(dataset: Dataset, parts: Parts, rows_per_part: int, progress: bo
     return [files[index] for index in range(len(bounds))]
 
 
+def table_of(columns: Mapping[str, Sequence[Any]]) -> pa.Table:
+    """Columns that a scorer has made as a table of `datasets`; states, which may be large, are copied once."""
+    small = {name: values for name, values in columns.items() if name != STATES}
+    table = Dataset.from_dict(small).data.table
+    if STATES in columns:
+        ends = np.cumsum([0, *map(len, columns[STATES])], dtype=np.int64)
+        buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(columns[STATES]))]
+        states = pa.Array.from_buffers(pa.large_binary(), len(ends) - 1, buffers)
+        table = table.replace_schema_metadata(None).append_column(STATES, states)
+    return table
+
+
 def write_part(file: Path, table: pa.Table) -> None:
     """Write `table` to `file`, with a checksum behind it."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    content = sink.getvalue().to_pybytes()
     with replacing(file) as unfinished:
-        unfinished.write_bytes(content + _checksum(file, content))
+        with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        checksum = _checksum(unfinished, unfinished.stat().st_size)
+        with unfinished.open("ab") as end:
+            end.write(checksum)
+
+
+def is_whole(file: Path) -> bool:
+    """Whether `file` is a finished part, and as it was written."""
+    if not file.is_file():
+        return False
+    length = file.stat().st_size - CHECKSUM_BYTES
+    with file.open("rb") as content:
+        content.seek(max(length, 0))
+        whole = length > 0 and content.read() == _checksum(file, length)
+    if not whole:
+        logger.warning("%s is damaged; its rows are scored again.", file)
+    return whole
 
 
 def read_part(file: Path) -> Dataset | None:
     """The finished part in `file`, if there is one that is as it was written, in memory: the folder may be deleted."""
-    if not file.is_file():
+    if not is_whole(file):
         return None
-    content = file.read_bytes()
-    content, checksum = content[:-CHECKSUM_BYTES], content[-CHECKSUM_BYTES:]
-    if checksum != _checksum(file, content):
-        logger.warning("%s is damaged; its rows are scored again.", file)
-        return None
-    return Dataset(pa.ipc.open_stream(content).read_all())
+    # Named, as datasets would hash all of it for a name.
+    return Dataset(pa.ipc.open_stream(file.read_bytes()).read_all(), fingerprint=file.stem)
 
 
-def require_part(file: Path) -> Dataset:
-    """As `read_part`; a `ValueError` where that has none."""
+def _required(file: Path) -> Dataset:
     if (part := read_part(file)) is None:
-        raise ValueError(f"{file} is missing or damaged; compute the states again, which keeps the other parts.")
+        raise ValueError(f"{file} has been changed or removed since it was written; score again.")
     return part
 
 
-def _checksum(file: Path, content: bytes) -> bytes:
+def _checksum(file: Path, length: int) -> bytes:
     # With its name: a part under another's name holds the scores of other rows.
-    return xxhash.xxh3_128_digest(file.stem.encode() + content)
+    digest = xxhash.xxh3_128(file.stem.encode())
+    chunk = memoryview(bytearray(min(length, CHUNK_BYTES)))
+    with file.open("rb", buffering=0) as content:
+        while length > 0 and (got := content.readinto(chunk[:length])):
+            digest.update(chunk[:got])
+            length -= got
+    return digest.digest()

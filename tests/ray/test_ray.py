@@ -142,6 +142,13 @@ def test_all_are_killed_and_started_again(alone: dict[str, bytes], tmp_path: Pat
     assert content(tmp_path / "states") == alone
 
 
+def test_a_projection_is_fitted_once(tmp_path: Path) -> None:
+    options = OPTIONS | {"states_format": "projection", "channels": 8}
+    compute_states(data(), load, CONFIG, tmp_path / "ray", workers=2, **options)
+    qtuning_peft.compute_states(data(), *load(), CONFIG, tmp_path / "alone", progress=False, **options)
+    assert content(tmp_path / "ray") == content(tmp_path / "alone")
+
+
 def test_errors_are_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="The data is empty"):
         compute_states(data().select([]), load, CONFIG, tmp_path / "empty")

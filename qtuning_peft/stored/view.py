@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
-from .atomic import replacing
-from .eu_plane.dataset import read_part, write_part
-from .eu_plane.pruner import EUPruner
+from ..atomic import replacing
+from ..eu_plane.dataset import read_part, write_part
+from ..eu_plane.pruner import EUPruner
 
 VIEW, ROWS = "view.json", "rows.arrow"
 STATES = ("states", "state_tokens")
