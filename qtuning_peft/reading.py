@@ -78,8 +78,11 @@ def first_column() -> int | None:
 def read_positions() -> Tensor | None:
     """Where hidden states are read, (batch, length), bool; `None` if that is not known."""
     labels = _threads.declared.labels
-    if labels is None:
-        return None
+    return None if labels is None else positions_that_predict(labels)
+
+
+def positions_that_predict(labels: Tensor) -> Tensor:
+    """Where the next token of `labels` (batch, length) is supervised, (batch, length), bool."""
     read = (labels != IGNORE_INDEX).roll(-1, dims=1)
     read[:, -1] = False
     return read

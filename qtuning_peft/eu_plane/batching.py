@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..head import causal_model, head_of, positions_at_once
 from ..loss import IGNORE_INDEX, supervised_positions
+from ..reading import positions_that_predict
 from ..side_tuning.follow import AtPositions, BaseStates
 from ..side_tuning.peft.following import following
 from .scores import SCORES, Predictions
@@ -71,8 +72,8 @@ def recording(model: nn.Module, labels: Tensor, layers: Collection[int] | None) 
     if layers is None:
         yield states
         return
-    read = (labels != IGNORE_INDEX).roll(-1, dims=1)
-    with following(model) as follower, follower.recording(AtPositions(states, read)):
+    read = AtPositions(states, positions_that_predict(labels))
+    with following(model) as follower, follower.recording(read):
         yield states
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ...head import causal_model, head_of, positions_at_once
-from ...loss import CHUNK_ELEMENTS, IGNORE_INDEX, summed_cross_entropy, supervised_positions
+from ...loss import CHUNK_ELEMENTS, summed_cross_entropy, supervised_positions
+from ...reading import positions_that_predict
 from .follower import Listener, follower_of
 from .positions import AtPositions
 from .recorder import BaseStates
@@ -64,9 +65,7 @@ def from_pass(model: Any, layers: Collection[int], labels: Tensor, **inputs: Any
     """
     follower, states, base = follower_of(model), BaseStates(layers), causal_model(model)
     assert follower is not None
-    read = (labels != IGNORE_INDEX).roll(-1, dims=1)  # (batch, length)
-    read[:, -1] = False
-    with follower.recording(AtPositions(states, read)):
+    with follower.recording(AtPositions(states, positions_that_predict(labels))):
         states.output = base.get_decoder()(use_cache=False, **inputs)
     return states, supervised_positions(states.output.last_hidden_state, labels)[1]
 
