@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -26,7 +28,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from typer.testing import CliRunner
 
 pytest.importorskip("vllm.entrypoints", reason="needs an environment of its own: bash scripts/test_vllm.sh")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -37,7 +38,6 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 from qtuning_peft import EUScorer, SideTuningConfig, StatesCollator, compute_states, load_states, model_from_states
-from qtuning_peft.cli import app
 from qtuning_peft.eu_plane.engine import Engine, TransformersEngine
 from qtuning_peft.eu_plane.tokenized import Sample
 
@@ -136,18 +136,15 @@ def test_a_model_that_hands_out_no_states_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.smollm2
-def test_an_adapter_from_vllms_states_scores_the_same_in_both(
-    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapter_from_vllms_states_scores_the_same_in_both(smollm2: Path, tmp_path: Path) -> None:
     texts = [f"Name the number after {n}. It is {n + 1}, and then comes {n + 2}." for n in range(8)]
     data = [{"prompt": text[: text.index(".") + 1], "completion": text[text.index(".") + 1 :]} for text in texts]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
     states = tmp_path / "states"
-    # A context of 8,192 tokens would not fit in a GB of keys and values beside others.
-    arguments = ["states", tmp_path / "rows.jsonl", smollm2, "-o", states, "--engine", "vllm", "--dtype", "float32"]
-    arguments += ["--states-format", "float32", "--tokens-per-batch", "256"]
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert done.exit_code == 0, done.output
+    command = [sys.executable, "-m", "qtuning_peft.cli", "states", tmp_path / "rows.jsonl", smollm2, "-o", states]
+    command += ["--engine", "vllm", "--dtype", "float32", "--states-format", "float32", "--tokens-per-batch", "256"]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr[-5000:]
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
