@@ -66,7 +66,7 @@ def quantized_bases(_: Path) -> str:
         bases.setdefault(row["base"], []).append(row)
     lines = [
         [
-            name, mebibytes(runs[-1]), f"{median(run['speed'] for run in runs):.2f}",
+            name, mebibytes(runs[-1]), speed(runs),
             *(f"{runs[0]['base_loss'][part]:.3f}" for part in ("validation", "test")),
             *(spread([run["loss"][part] for run in runs]) for part in ("validation", "test")),
         ]
@@ -77,6 +77,12 @@ def quantized_bases(_: Path) -> str:
         "trained, validation", "test",
     ]  # fmt: skip
     return f"{markdown(header, lines)}\n\n{source(found, WHICH_BASE)}"
+
+
+def speed(runs: list[Row]) -> str:
+    """Of a forward, over float32's; rows from a machine that others used have none."""
+    found = [run["speed"] for run in runs if run["speed"] is not None]
+    return f"{median(found):.2f}" if found else "-"
 
 
 def spread(losses: list[float]) -> str:

@@ -116,8 +116,6 @@ def test_commands_and_their_options_exist(page: Path) -> None:
         if command.name in ("sft", "serve") or hasattr(command, "commands"):  # TRL and vLLM know their options
             continue
         known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
-        if command.name == "serve":  # vLLM's
-            known |= set(words)
         if command.name == "train":
             known |= {f"--{field.name}" for field in fields(TrainingArguments)}
         assert {word for word in words if word.startswith("-") and word != "-"} <= known | {"--help"}, words
