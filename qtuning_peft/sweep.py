@@ -114,6 +114,11 @@ class SweepTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if self.args.world_size > 1 or self.args.n_gpu > 1:
             raise ValueError("A sweep is trained by one process on one GPU; launch it without accelerate or torchrun.")
+        if self.args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end is True, but each network of a sweep has a best checkpoint of its own; leave "
+                "it out: the network that is best at the end is saved."
+            )
         model: Any = self.model
         follower = follower_of(model)
         assert follower is not None
@@ -205,8 +210,9 @@ class SweepTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         # Each by itself: one that diverges must not slow the others.
+        self.accelerator.unscale_gradients()
         norms = [
-            self.accelerator.clip_grad_norm_(self._network(candidate).parameters(), self.args.max_grad_norm)
+            nn.utils.clip_grad_norm_(self._network(candidate).parameters(), self.args.max_grad_norm)
             for candidate in self.sweep
         ]
         return torch.stack([torch.as_tensor(norm) for norm in norms]).max()

@@ -279,3 +279,22 @@ def test_auto_class_loads_base_and_adapter(tmp_path: Path) -> None:
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert isinstance(loaded.base_model, SideTuningModel)
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_an_adapter_is_loaded_without_datasets(tmp_path: Path) -> None:
+    """Who serves adapters need not install what reads training data."""
+    tiny().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM")).save_pretrained(tmp_path / "a")
+    code = (
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(('datasets', 'pyarrow', 'pandas'))\n"
+        "import qtuning_peft, torch\n"
+        "from peft import AutoPeftModelForCausalLM\n"
+        f"model = AutoPeftModelForCausalLM.from_pretrained({str(tmp_path / 'a')!r})\n"
+        "print(model.generate(input_ids=torch.tensor([[1, 2, 3]]), max_new_tokens=2, min_new_tokens=2).shape[1])\n"
+        "try:\n    qtuning_peft.EUPruner\nexcept ModuleNotFoundError as error:\n    print(error.name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    length, missing = done.stdout.split()
+    assert (length, missing) in {("5", name) for name in ("datasets", "pyarrow", "pandas")}

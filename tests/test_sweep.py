@@ -119,6 +119,12 @@ def test_a_sweep_is_resumed(tmp_path: Path) -> None:
         assert side_parameters(again.model)[name].requires_grad
 
 
+def test_the_best_checkpoint_is_refused(tmp_path: Path) -> None:
+    settings = {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    with pytest.raises(ValueError, match="load_best_model_at_end is True, but each network"):
+        in_a_sweep("live", tmp_path, candidates(CONFIG, VALUES, 1e-2, 0), **settings)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -3,17 +3,16 @@
 The head runs on chunks of supervised positions, so the logits of a batch never exist at once.
 """
 
-import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ..evaluation import eval_mode
 from ..head import causal_model, head_of, positions_at_once
 from ..loss import IGNORE_INDEX, supervised_positions
 from ..reading import positions_that_predict
@@ -139,28 +138,3 @@ def right_padded(samples: Sequence[Sample], device: torch.device) -> tuple[Tenso
         )
     )
     return input_ids, None if mask.all() else mask, labels
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Without dropout; when the last thread leaves, every module gets its own mode back."""
-    base = causal_model(model)
-    with _scoring_lock:
-        count, training = _scoring.get(base) or (0, [module for module in model.modules() if module.training])
-        _scoring[base] = count + 1, training
-        model.eval()
-    try:
-        yield
-    finally:
-        with _scoring_lock:
-            count, training = _scoring.pop(base)
-            if count > 1:
-                _scoring[base] = count - 1, training
-            else:
-                for module in training:
-                    module.training = True
-
-
-# By model, how many threads score it, and which modules were in training mode before the first.
-_scoring: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
-_scoring_lock = threading.Lock()

@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft import PeftModel
 from transformers import DynamicCache
 
-from ..eu_plane.batching import eval_mode
+from ..evaluation import eval_mode
 from ..head import causal_model
 from ..states.prefix import cache_name
 
