@@ -57,6 +57,20 @@ def test_it_runs_in_trl(name: str, tmp_path: Path) -> None:
     assert all("qst_side_network" in key for key in load_file(tmp_path / "out" / "adapter_model.safetensors"))
 
 
+def test_it_trains_from_states(tmp_path: Path) -> None:
+    pico.save_model(tmp_path / "model")
+    pico.write_chat(tmp_path / "chat.jsonl")
+    recipe, runner = str(recipes.path("train/sweep")), CliRunner()
+    taps = ["--tap-every", str(recipes.load("train/sweep")["qst"]["tap_every"])]
+    for command in (
+        ["states", tmp_path / "chat.jsonl", tmp_path / "model", "-o", tmp_path / "states", *taps],
+        ["train", tmp_path / "states", "--config", recipe, "--max_steps", 2, "--output_dir", tmp_path / "out"],
+    ):
+        result = runner.invoke(app, [str(word) for word in command])
+        assert result.exit_code == 0, result.output
+    assert all("qst_side_network" in key for key in load_file(tmp_path / "out" / "adapter_model.safetensors"))
+
+
 def test_the_command_lists_shows_and_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     runner = CliRunner()
