@@ -19,6 +19,7 @@ PYTHONPATH="$oldest" .venv/bin/pytest -q -n auto --dist worksteal tests/test_fil
     tests/test_generation.py tests/test_no_gradient_in_base.py tests/test_positions.py tests/test_trainers.py \
     tests/test_eu_scores.py tests/test_eu_training.py tests/test_trl.py tests/test_safe_loading.py \
     tests/test_model_card.py tests/test_taps.py tests/test_loss.py tests/test_prefix_caching.py \
-    tests/test_hidden_state_cache.py tests/test_centering.py tests/test_listener.py
+    tests/test_hidden_state_cache.py tests/test_centering.py tests/test_listener.py tests/test_stored.py \
+    tests/test_sweep.py tests/test_hotswap.py
 
 .venv/bin/pytest -n auto --dist worksteal "$@"
