@@ -155,7 +155,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
         row = {name: column * arguments.rows for name, column in row.items()}
         write_part(folder / "part.arrow", Dataset.from_dict(row).data.table)
         del content, row
-        manifest = Manifest("random", layers, config.num_hidden_layers, width, "int8", "", None, ("part.arrow",),
+        manifest = Manifest("random", layers, config.num_hidden_layers, width, "int8", "", "", None, ("part.arrow",),
                             checksum_of(folder / HEAD), arguments.rows)  # fmt: skip
         (folder / MANIFEST).write_text(json.dumps(asdict(manifest)), encoding="utf-8")
         peak = Memory("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..eu_plane.dataset import is_whole
@@ -15,8 +16,10 @@ from ..eu_plane.pruner import EUPruner
 from ..reading import IGNORE_INDEX
 from ..states.projection import PROJECTION, format_of
 from ..states.stores import key_of
-from .manifest import MANIFEST, Manifest, checksum_of, read_projection, states_of
+from .manifest import HEAD, MANIFEST, Manifest, checksum_of, read_projection, states_of
 from .view import view_rows, write_view
+
+SIXTEEN_BITS = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def load_states(folder: str | Path) -> Dataset:
@@ -111,6 +114,10 @@ class StatesCollator:
         self.manifest = Manifest.read(folder)
         projection = read_projection(folder)[0] if self.manifest.format == PROJECTION else None
         self.format = format_of(self.manifest.format, projection)
+        with safe_open(folder / HEAD, "pt") as head:
+            dtypes = {head.get_slice(name).get_dtype() for name in head.keys()}  # noqa: SIM118
+        # As the head computes: what was widened while decoding would be rounded there, and take twice the memory here.
+        self.dtype = SIXTEEN_BITS.get(dtypes.pop()) if len(dtypes) == 1 else None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The batch."""
@@ -119,6 +126,7 @@ class StatesCollator:
             own = torch.as_tensor(row["labels"])[torch.as_tensor(row["state_tokens"], dtype=torch.int64)]  # (n,)
             parts = len(self.manifest.layers) + 2
             stored = self.format.decode(row["states"], parts, self.manifest.hidden_size)
+            stored = stored if self.dtype is None else stored.to(self.dtype)
             kept = own != IGNORE_INDEX
             states.append(stored if kept.all() else stored[:, kept])
             labels.append(own[kept])
