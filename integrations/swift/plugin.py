@@ -88,7 +88,7 @@ def eu_pruning(args: Any, trainer: Any) -> TrainerCallback:
     if block.mode == "static":
         return StaticPruningCallback(block, trainer)
     # Else ms-swift cuts labels down to the positions it wants logits of, and rows of packs are no longer told apart.
-    trainer.args.use_logits_to_keep = False
+    args.use_logits_to_keep = False
     return EUPruningCallback(trainer, block.pruner(trainer.template.tokenizer), block.tokens_per_batch)
 
 
