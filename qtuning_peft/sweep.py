@@ -141,8 +141,7 @@ class SweepTrainer(Trainer):
     def _require_gradients(self) -> None:
         # PEFT trains the active adapter alone.
         for candidate in self.sweep:
-            for name, parameter in self._network(candidate).named_parameters():
-                parameter.requires_grad_(not name.endswith("projection.weight"))
+            self._network(candidate).requires_grad_(True)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As `Trainer`'s, with a learning rate for each network."""

@@ -17,7 +17,7 @@ from .eu_plane.fingerprint import weights_of
 from .head import causal_model
 from .side_tuning.follow import find_decoder, follower_of
 from .states import FolderStore, Store, cache_states, common_prefix, reuse_of
-from .stored import MANIFEST, VIEW, StoredRows
+from .stored import StoredRows, holds_states
 
 ROWS = 256
 
@@ -92,7 +92,7 @@ class HiddenStateCacheCallback(TrainerCallback):
         if network is None:
             return 0
         base = causal_model(model)
-        if (folder / MANIFEST).is_file() or (folder / VIEW).is_file():
+        if holds_states(folder):
             return StoredRows(folder, base, network.layers)
         own = "-".join([weights_of(base), *map(str, sorted(network.layers))])
         width = find_decoder(base).shape.hidden_size

@@ -30,7 +30,7 @@ from ..eu_plane.report import write_report
 from ..loading import load_model, load_tokenizer
 from ..processes import SharedWork
 from ..registry import help_of
-from ..stored import MANIFEST, STATES, VIEW, load_states, prune_states
+from ..stored import STATES, holds_states, load_states, prune_states
 
 console = Console(stderr=True)
 
@@ -154,7 +154,7 @@ def prune(
     Of a folder of states, a folder as output is a view: it names rows and labels, and copies no states.
     """
     pruner = make_pruner(options)
-    if ((data / MANIFEST).is_file() or (data / VIEW).is_file()) and not output.suffix:
+    if holds_states(data) and not output.suffix:
         if output.exists() and not overwrite:
             raise ValueError(f"{output} is there already; choose another output, or give --overwrite.")
         prune_states(data, pruner, output)
@@ -206,8 +206,7 @@ def remove_parts(folder: Path) -> None:
 
 def read_scored(path: Path, split: str | None) -> Dataset:
     """Scored data, or a folder of states."""
-    stored = (path / MANIFEST).is_file() or (path / VIEW).is_file()
-    return load_states(path) if stored else read_data(path, split)
+    return load_states(path) if holds_states(path) else read_data(path, split)
 
 
 def columns_from(entries: list[str] | None) -> dict[str, str]:

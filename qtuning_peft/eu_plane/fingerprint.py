@@ -4,7 +4,7 @@ Finished parts are found again by it, so a change that it leaves out would find 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from typing import Any, Protocol
 
@@ -50,12 +50,9 @@ def add_model(digest: xxhash.xxh3_128, model: nn.Module) -> None:
         if isinstance(module, BaseTunerLayer):
             digest.update(stable([module.active_adapters, module.disable_adapters]))
             if module.disable_adapters:
-                unused += [f"{path}.{name}." for name in module.adapter_layer_names + module.other_param_names]
-    for name, value in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
-        if not name.startswith(tuple(unused)):
-            module = model.get_submodule(name.rpartition(".")[0])
-            for part in parts_of(value, module):
-                add_tensor(digest, name, part)
+                unused += _own_paths(path, module)
+    for name, part in _tensors(model, unused):
+        add_tensor(digest, name, part)
     for name, config in sorted(getattr(model, "peft_config", {}).items()):
         digest.update(stable([name, config.to_dict()]))
 
@@ -63,18 +60,24 @@ def add_model(digest: xxhash.xxh3_128, model: nn.Module) -> None:
 def weights_of(base: nn.Module) -> str:
     """Fingerprint of a model's own weights, whether or not adapters sit in it."""
     digest = xxhash.xxh3_128(type(base).__name__.encode())
-    inside = [
-        f"{path}.{name}."
-        for path, module in base.named_modules()
-        if isinstance(module, BaseTunerLayer)
-        for name in module.adapter_layer_names + module.other_param_names
-    ]
-    for name, value in sorted({**dict(base.named_parameters()), **dict(base.named_buffers())}.items()):
-        if not name.startswith(tuple(inside)):
-            module = base.get_submodule(name.rpartition(".")[0])
-            for part in parts_of(value, module):
-                add_tensor(digest, name.replace(".base_layer.", "."), part)
+    layers = [(path, module) for path, module in base.named_modules() if isinstance(module, BaseTunerLayer)]
+    inside = [own for path, module in layers for own in _own_paths(path, module)]
+    for name, part in _tensors(base, inside):
+        add_tensor(digest, name.replace(".base_layer.", "."), part)
     return digest.hexdigest()
+
+
+def _own_paths(path: str, layer: BaseTunerLayer) -> list[str]:
+    """What names of the adapters' own tensors begin with, in the adapted layer at `path`."""
+    return [f"{path}.{name}." for name in layer.adapter_layer_names + layer.other_param_names]
+
+
+def _tensors(model: nn.Module, without: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and parts of all parameters and buffers, but for those whose name begins with one of `without`."""
+    for name, value in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
+        if not name.startswith(tuple(without)):
+            for part in parts_of(value, model.get_submodule(name.rpartition(".")[0])):
+                yield name, part
 
 
 def parts_of(value: Any, module: nn.Module) -> list[Any]:

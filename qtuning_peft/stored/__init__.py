@@ -6,12 +6,12 @@ The base never changes (QST, ACL 2024, section 3), so what it computes for a row
 """
 
 from .compute import compute_states
-from .manifest import HEAD, MANIFEST, Manifest, states_of
+from .manifest import HEAD, MANIFEST, Manifest, holds_states, states_of
 from .model import model_from_states
 from .rows import StatesCollator, StoredRows, load_states, prune_states
 from .view import STATES, VIEW, pruned_view
 
 __all__ = [
-    "HEAD", "MANIFEST", "STATES", "VIEW", "Manifest", "StatesCollator", "StoredRows", "compute_states", "load_states",
-    "model_from_states", "prune_states", "pruned_view", "states_of",
+    "HEAD", "MANIFEST", "STATES", "VIEW", "Manifest", "StatesCollator", "StoredRows", "compute_states",
+    "holds_states", "load_states", "model_from_states", "prune_states", "pruned_view", "states_of",
 ]  # fmt: skip

@@ -64,6 +64,11 @@ class Manifest:
         return found
 
 
+def holds_states(folder: Path) -> bool:
+    """Whether `folder` is one of states, or a view of one."""
+    return (folder / MANIFEST).is_file() or (folder / VIEW).is_file()
+
+
 def states_of(folder: str | Path) -> Path:
     """The folder that holds the states of `folder`: itself, or the one that it is a view of."""
     folder = Path(folder)
