@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +65,20 @@ def test_its_snippet_runs_and_imports_first(model: PeftModel, tmp_path: Path, mo
     assert scope["AutoPeftModelForCausalLM"] is AutoPeftModelForCausalLM
     assert isinstance(scope["model"], PeftModel)
     assert scope["model"].active_peft_config.downsample == "avgpool"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"task_type": "CAUSAL_LM"}, "`qtuning serve BASE --adapter"),
+        ({"task_type": "CAUSAL_LM", "side_attention": True}, "`qtuning serve BASE --engine transformers --adapter"),
+        ({"task_type": "SEQ_CLS"}, None),
+    ],
+)
+def test_it_says_how_to_serve_what_generates(settings: dict[str, Any], said: str | None, tmp_path: Path) -> None:
+    complete(tmp_path / "README.md", SideTuningConfig(**settings))
+    card = (tmp_path / "README.md").read_text()
+    assert said in card if said else "qtuning serve" not in card
 
 
 def test_what_the_author_wrote_stays(model: PeftModel, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def complete(
     ours = TEMPLATE.render(
         ours=OURS, marks=MARKS, adapter=adapter, training=training, data_of=data_of, former=split(former, MARKS)[1],
         cls=f"Auto{MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task, PeftModel).__name__}",
-        settings=yaml.safe_dump(settings_of(config)),
+        settings=yaml.safe_dump(settings_of(config)), serve=serving_command(config),
         # Of a folder on the author's machine only the last name.
         base=base if is_hub_name(base) else Path(base).name or "its base",
         fence=max([*re.findall("`+", training.recipe or ""), "``"], key=len) + "`",
@@ -80,6 +80,14 @@ def complete(
 def settings_of(config: SideTuningConfig) -> dict[str, Any]:
     """What a configuration sets beside what every PEFT configuration has."""
     return {name: value for name in SETTINGS if (value := getattr(config, name)) is not None}
+
+
+def serving_command(config: SideTuningConfig) -> str | None:
+    """How to serve an adapter that generates."""
+    if config.task_type != "CAUSAL_LM":
+        return None
+    only_transformers = config.side_attention or config.modules_to_save
+    return f"qtuning serve BASE{' --engine transformers' if only_transformers else ''} --adapter NAME=FOLDER"
 
 
 def split(text: str, marks: tuple[str, str]) -> tuple[str, str, str]:
