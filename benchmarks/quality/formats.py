@@ -10,94 +10,22 @@ as computed, which is as the adapter would meet them live. Rows go to `results/f
 from __future__ import annotations
 
 import argparse
-import random
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from datasets import Dataset
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks import methods, rows
+from benchmarks import rows
 from benchmarks.common import smollm2, smollm2_tokenizer
-from benchmarks.quality.learner import factor
+from benchmarks.quality.from_states import RATE, Rows, loss, stored, train
 from benchmarks.quality.tasks import load
 from benchmarks.step import positive
-from qtuning_peft import SideTuningConfig, StatesCollator, compute_states, load_states, model_from_states
-from qtuning_peft.states.format import FORMATS, Format
+from qtuning_peft.states.format import FORMATS
 from qtuning_peft.states.projection import Projection, format_of
 
 NAME = "formats"
-RATE, BATCH = 1e-3, 8
 PROJECTED = "projection, {} channels"
 FIRST = 32  # rows that a projection is fitted to
-
-
-def stored(name: str, found: Sequence[dict[str, Any]]) -> Path:
-    """The folder of states of these rows, computed where it is not there."""
-    folder = rows.results_file(NAME).parent / "parts" / "states" / name
-    if not (folder / "states.json").is_file():
-        compute_states(Dataset.from_list(list(found)), smollm2(False)[0], None, SideTuningConfig(), folder,
-                       states_format="float32")  # fmt: skip
-    return folder
-
-
-class Rows:
-    """States (N + 2, tokens, d) and labels of stored rows, and batches of them as `StatesCollator` makes them."""
-
-    def __init__(self, folder: Path) -> None:
-        collator = StatesCollator(folder)
-        self.layers = torch.tensor(collator.manifest.layers)
-        batches = [collator([row]) for row in load_states(folder)]
-        self.rows: list[tuple[Tensor, Tensor]] = [(batch["states"], batch["labels"][1:]) for batch in batches]
-
-    def batch(self, chosen: Sequence[int]) -> dict[str, Tensor]:
-        """The rows `chosen`."""
-        labels = torch.cat([torch.tensor([-100]), *(self.rows[index][1] for index in chosen)])
-        states = torch.cat([self.rows[index][0] for index in chosen], 1)
-        return {"states": states, "labels": labels, "state_layers": self.layers}
-
-    def rounded(self, chosen: Format) -> tuple[Rows, float]:
-        """The same rows through a format, and its bytes for a token."""
-        other, size, tokens = object.__new__(Rows), 0, 0
-        other.layers, other.rows = self.layers, []
-        for states, labels in self.rows:
-            content = chosen.encode(states)
-            size, tokens = size + len(content), tokens + len(labels)
-            other.rows.append((chosen.decode(content, len(states), states.shape[-1]), labels))
-        return other, size / tokens
-
-
-@torch.no_grad()
-def loss(model: Any, found: Rows) -> float:
-    """Nats per supervised token."""
-    total = tokens = 0.0
-    for start in range(0, len(found.rows), BATCH):
-        batch = found.batch(range(start, min(start + BATCH, len(found.rows))))
-        count = len(batch["labels"]) - 1
-        total, tokens = total + model(**batch).loss.item() * count, tokens + count
-    return total / tokens
-
-
-def train(folder: Path, found: Rows, epochs: int, seed: int) -> Any:
-    """A side network that has learned `found`."""
-    torch.manual_seed(seed)
-    model = model_from_states(folder, SideTuningConfig()).train()
-    optimizer = methods.optimizer(methods.find("side"), model, RATE)
-    draw, steps = random.Random(seed), epochs * (len(found.rows) // BATCH)
-    for step in tqdm(range(steps), f"seed {seed}", unit="step"):
-        if step % (len(found.rows) // BATCH) == 0:
-            order = draw.sample(range(len(found.rows)), len(found.rows))
-        start = step % (len(found.rows) // BATCH) * BATCH
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * factor(step, steps)
-        model(**found.batch(order[start : start + BATCH])).loss.backward()
-        nn.utils.clip_grad_norm_(methods.trained(model), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
 
 
 def main() -> None:
@@ -111,7 +39,7 @@ def main() -> None:
     arguments = parser.parse_args()
     task = load("gsm8k", smollm2_tokenizer(), arguments.data, 0)
     folders = {
-        part: stored(f"{part}-{len(found)}", found)
+        part: stored(f"{part}-{len(found)}", found, lambda: smollm2(False)[0])
         for part, found in {
             "train": task.train[: arguments.rows], "validation": task.validation[:32], "test": task.test[:60]
         }.items()

@@ -2,10 +2,10 @@
 
     python -m benchmarks.quality.quantized_bases --data FOLDER --bases "bitsandbytes NF4" "HQQ, 4 bits"
 
-SmolLM2-135M-Instruct on GSM8K. A fresh side network changes nothing, so its loss is the base's. Forwards of one text of
-256 tokens are timed in turn with those of a float32 base, and only their ratio is kept. Rows go to
-`results/quantized_bases.jsonl`. Bases that need calibration see 32 training questions with their answers, and are kept
-beside the checkpoint.
+SmolLM2-135M-Instruct on GSM8K. Each base runs once over the rows, and all seeds train from its states in float32. A
+fresh side network changes nothing, so its loss is the base's. Forwards of one text of 256 tokens are timed in turn with
+those of a float32 base, and only their ratio is kept. Rows go to `results/quantized_bases.jsonl`. Bases that need
+calibration see 32 training questions with their answers, and are kept beside the checkpoint.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import methods, rows
+from benchmarks import rows
 from benchmarks.common import checkpoint, smollm2_tokenizer
-from benchmarks.quality.learner import Learner
+from benchmarks.quality.from_states import RATE, Rows, fresh, loss, stored, train
 from benchmarks.quality.tasks import Task, load
 from benchmarks.quantizers import QUANTIZERS, auto_round, full_precision, gptq, stored_bytes
 from benchmarks.step import positive, seconds
@@ -30,8 +30,6 @@ from benchmarks.step import positive, seconds
 NAME = "quantized_bases"
 CALIBRATED = {"GPTQ, 4 bits": partial(gptq, texts=32), "AutoRound W4A16": partial(auto_round, texts=32, steps=20)}
 FLOAT32 = "float32"
-RATE = 1e-3
-BATCH = 8
 
 
 def load_named(name: str) -> Any:
@@ -51,29 +49,30 @@ def relative_speed(base: Any, reference: Any, repeats: int) -> float:
     return median(of_reference for _, of_reference in times) / median(of_base for of_base, _ in times)
 
 
-def measure(name: str, task: Task, reference: Any, arguments: argparse.Namespace) -> Iterator[rows.Row]:
-    """One base: bytes, speed, its own loss, and for each seed the loss after training on the first `rows` rows."""
+def measure(name: str, task: Task, arguments: argparse.Namespace) -> Iterator[rows.Row]:
+    """One base: bytes, speed, its own loss, and for each seed the loss after training from its states."""
     base = load_named(name)
     loaded = stored_bytes(base)
-    speed = relative_speed(base, reference, arguments.repeats) if arguments.repeats else None
+    speed = relative_speed(base, load_named(FLOAT32), arguments.repeats) if arguments.repeats else None
     sets = {
-        "validation": task.evaluated(task.validation[: arguments.validation_rows], BATCH),
-        "test": task.evaluated(task.test[: arguments.test_rows], BATCH),
+        "train": task.train[: arguments.rows],
+        "validation": task.validation[: arguments.validation_rows],
+        "test": task.test[: arguments.test_rows],
     }
-    before: dict[str, float] = {}
+    prefix = name.replace(" ", "-").replace(",", "").lower()
+    folders = {of: stored(f"{prefix}-{of}-{len(found)}", found, lambda: base) for of, found in sets.items()}
+    parts = {of: Rows(folder) for of, folder in folders.items()}
+    untrained = fresh(folders["train"], 0)
+    before = {of: loss(untrained, parts[of]) for of in ("validation", "test")}
     for seed in arguments.seeds:
-        batches = task.epochs(arguments.rows, BATCH, 1, seed)
-        learner = Learner(methods.find("side"), task, RATE, len(batches), seed, base=base)
-        before = before or {of: learner.measure(found) for of, found in sets.items()}
-        for batch in tqdm(batches, f"{name}, seed {seed}", unit="step"):
-            learner.step(task.batch(batch))
+        model = train(folders["train"], parts["train"], arguments.epochs, seed)
         yield {
             "base": name, "package": QUANTIZERS[name].version() if name in QUANTIZERS else None, "task": task.name,
             "bytes": loaded, "running_bytes": stored_bytes(base), "speed": speed, "rows": arguments.rows,
-            "validation_rows": arguments.validation_rows, "test_rows": arguments.test_rows, "learning_rate": RATE,
-            "seed": seed, "base_loss": before, "loss": {of: learner.measure(found) for of, found in sets.items()},
+            "epochs": arguments.epochs, "validation_rows": arguments.validation_rows,
+            "test_rows": arguments.test_rows, "learning_rate": RATE, "seed": seed, "base_loss": before,
+            "loss": {of: loss(model, parts[of]) for of in before},
         }  # fmt: skip
-        base = learner.model.unload()
 
 
 def main() -> None:
@@ -82,15 +81,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="where GSM8K's files are")
     parser.add_argument("--bases", nargs="+", required=True, choices=[FLOAT32, *QUANTIZERS], metavar="BASE")
     parser.add_argument("--rows", type=positive, default=80, help="training rows (80)")
+    parser.add_argument("--epochs", type=positive, default=2, help="epochs (2)")
     parser.add_argument("--validation-rows", type=positive, default=32, help="validation rows (32)")
     parser.add_argument("--test-rows", type=positive, default=60, help="test rows (60)")
     parser.add_argument("--repeats", type=int, default=5, help="forwards that are timed (5); 0 on a busy machine")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data order and weights (0 1 2)")
     arguments = parser.parse_args()
     task = load("gsm8k", smollm2_tokenizer(), arguments.data, 0)
-    reference = load_named(FLOAT32)
     for name in arguments.bases:
-        for row in measure(name, task, reference, arguments):
+        for row in measure(name, task, arguments):
             rows.append(NAME, row | rows.provenance())
             of_base, trained = row["base_loss"]["validation"], row["loss"]["validation"]
             tqdm.write(f"{name}: {of_base:.4f} nats, trained {trained:.4f}")

@@ -1,0 +1,90 @@
+"""Training from stored states, as the benchmarks do it: the base runs once over its rows, and every seed reads them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks import methods, rows
+from benchmarks.quality.learner import factor
+from qtuning_peft import SideTuningConfig, StatesCollator, compute_states, load_states, model_from_states
+from qtuning_peft.states.format import Format
+
+RATE, BATCH = 1e-3, 8
+
+
+def stored(name: str, found: Sequence[dict[str, Any]], load: Callable[[], Any]) -> Path:
+    """The folder of float32 states of these rows under the base that `load` gives, computed where it is not there."""
+    folder = rows.results_file("states").parent / "parts" / "states" / name
+    if not (folder / "states.json").is_file():
+        dataset = Dataset.from_list(list(found))
+        compute_states(dataset, load(), None, SideTuningConfig(), folder, states_format="float32")
+    return folder
+
+
+class Rows:
+    """States (N + 2, tokens, d) and labels of stored rows, and batches of them as `StatesCollator` makes them."""
+
+    def __init__(self, folder: Path) -> None:
+        collator = StatesCollator(folder)
+        self.layers = torch.tensor(collator.manifest.layers)
+        batches = [collator([row]) for row in load_states(folder)]
+        self.rows: list[tuple[Tensor, Tensor]] = [(batch["states"], batch["labels"][1:]) for batch in batches]
+
+    def batch(self, chosen: Sequence[int]) -> dict[str, Tensor]:
+        """The rows `chosen`."""
+        labels = torch.cat([torch.tensor([-100]), *(self.rows[index][1] for index in chosen)])
+        states = torch.cat([self.rows[index][0] for index in chosen], 1)
+        return {"states": states, "labels": labels, "state_layers": self.layers}
+
+    def rounded(self, chosen: Format) -> tuple[Rows, float]:
+        """The same rows through a format, and its bytes for a token."""
+        other, size, tokens = object.__new__(Rows), 0, 0
+        other.layers, other.rows = self.layers, []
+        for states, labels in self.rows:
+            content = chosen.encode(states)
+            size, tokens = size + len(content), tokens + len(labels)
+            other.rows.append((chosen.decode(content, len(states), states.shape[-1]), labels))
+        return other, size / tokens
+
+
+@torch.no_grad()
+def loss(model: Any, found: Rows) -> float:
+    """Nats per supervised token."""
+    total = tokens = 0.0
+    for start in range(0, len(found.rows), BATCH):
+        batch = found.batch(range(start, min(start + BATCH, len(found.rows))))
+        count = len(batch["labels"]) - 1
+        total, tokens = total + model(**batch).loss.item() * count, tokens + count
+    return total / tokens
+
+
+def fresh(folder: Path, seed: int) -> Any:
+    """A side network that has learned nothing: its loss is the base's."""
+    torch.manual_seed(seed)
+    return model_from_states(folder, SideTuningConfig()).train()
+
+
+def train(folder: Path, found: Rows, epochs: int, seed: int) -> Any:
+    """A side network that has learned `found`."""
+    model = fresh(folder, seed)
+    optimizer = methods.optimizer(methods.find("side"), model, RATE)
+    draw, steps = random.Random(seed), epochs * (len(found.rows) // BATCH)
+    for step in tqdm(range(steps), f"seed {seed}", unit="step"):
+        if step % (len(found.rows) // BATCH) == 0:
+            order = draw.sample(range(len(found.rows)), len(found.rows))
+        start = step % (len(found.rows) // BATCH) * BATCH
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * factor(step, steps)
+        model(**found.batch(order[start : start + BATCH])).loss.backward()
+        nn.utils.clip_grad_norm_(methods.trained(model), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
