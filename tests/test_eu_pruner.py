@@ -45,6 +45,7 @@ def scored_data(count: int = 40, seed: int = 0) -> Dataset:
                 "repetition": 0.9 if index == 3 else 0.0,
                 "el2n": float(draw.random()),
                 "ifd": float(draw.random() * 1.2),
+                "noise": index * 37 % 101 / 50 if index % 7 else float("nan"),
                 "unscored": "",
             }
         )
@@ -197,6 +198,31 @@ def test_what_was_fitted_does_not_depend_on_batches() -> None:
             assert EUPruner(sample_ratio=0.4, strategy=strategy, seed=4).fit(scored).quadrants(scored).tolist() != (
                 pruner.quadrants(scored).tolist()
             )
+
+
+def test_the_noisiest_rows_go_first() -> None:
+    """A share of them, those without a number never; the limit is that of `fit`, or with `per_batch` of each batch."""
+    scored = scored_data(80)
+    pruner = EUPruner(sample_ratio=0.5, drop_noise=0.2, keep_dropped=True).fit(scored)
+    noise = np.array(scored["noise"][:])
+    count = int(0.2 * np.isfinite(noise).sum())
+    noisiest = np.argsort(-np.nan_to_num(noise, nan=-1))[:count]
+    assert pruner.pruned.counts["noisy"] == count
+    for size in (80, 7):
+        quadrants = np.array(scored.map(pruner, batched=True, batch_size=size, load_from_cache_file=False)["quadrant"])
+        assert {*np.flatnonzero(quadrants == "noisy")} == {*noisiest}
+    assert pruner.pruned.kept_samples == 40
+    batches = EUPruner(sample_ratio=0.5, drop_noise=0.2, keep_dropped=True, per_batch=True)
+    found = np.array(scored.map(batches, batched=True, batch_size=40)["quadrant"])
+    for half in (slice(0, 40), slice(40, 80)):
+        count = int(0.2 * np.isfinite(noise[half]).sum())
+        assert (found[half] == "noisy").sum() == count
+        assert noise[half][found[half] == "noisy"].min() > np.nanmax(np.delete(noise[half], found[half] == "noisy"))
+    assert "noise" in pruner.scores
+    with pytest.raises(ValueError, match=r"no column noise; score the data with EUScorer and scores=\('noise',\)"):
+        EUPruner(sample_ratio=0.5, drop_noise=0.2).fit(scored.remove_columns("noise"))
+    with pytest.raises(ValueError, match=r"drop_noise is 1"):
+        EUPruner(sample_ratio=0.5, drop_noise=1)
 
 
 def test_dropped_rows_are_named_when_they_are_kept() -> None:

@@ -158,6 +158,26 @@ def test_ifd_compares_with_the_answer_alone() -> None:
         assert scored["ifd"][index] == pytest.approx(np.exp(conditioned.mean() - alone.mean()), abs=1e-9)
 
 
+def test_noise_is_what_the_prompt_does_not_explain_and_what_repeats() -> None:
+    """By definition, from one further pass also beside `ifd`."""
+    model, rows = tiny().double(), rows_of_tokens(4)
+    for row, labels in zip(rows["input_ids"][:2], rows["labels"], strict=False):
+        row[3:] = labels[3:] = (row[3:5] * len(row))[: len(row) - 3]
+    passes: list[int] = []
+    handle = model.register_forward_hook(lambda *_: passes.append(1))
+    alone_too, with_both = EUScorer(model, scores=("noise",))(rows), len(passes)
+    scored = EUScorer(model, scores=("ifd", "noise"))(rows)
+    handle.remove()
+    assert len(passes) == 2 * with_both
+    for index, row in enumerate(rows["input_ids"]):
+        answer = row[3:]
+        alone = by_definition(model, answer, [-100, *answer[1:]])[0].mean()
+        given = by_definition(model, row, [-100] * 4 + answer[1:])[0].mean()
+        assert scored["noise"][index] == pytest.approx(given / alone + scored["repetition"][index], abs=1e-9)
+        assert alone_too["noise"][index] == scored["noise"][index]
+    assert min(scored["repetition"][:2]) > 0
+
+
 def test_reference_model_scores_the_same_tokens() -> None:
     rows, other = rows_of_tokens(3), tiny(seed=1)
     scored = EUScorer(tiny(), reference_model=other)(rows)

@@ -18,7 +18,18 @@ import pandas as pd
 from ..loss import IGNORE_INDEX
 from ..registry import option
 from .scores import SCORES, scores_of, token_columns
-from .selection import DEGENERATE, KEEP, SAMPLE_STRATEGIES, TRIM, UNSCORED, Budget, Pruned, SampleStrategy
+from .selection import (
+    ASIDE,
+    DEGENERATE,
+    KEEP,
+    NOISY,
+    SAMPLE_STRATEGIES,
+    TRIM,
+    UNSCORED,
+    Budget,
+    Pruned,
+    SampleStrategy,
+)
 from .table import Data, columns_of, mismatch, names_of, rank_correlation, read_table, require, supervised
 from .tokens import TOKEN_STRATEGIES, keep_lowest, protected_tokens, share_of
 
@@ -58,6 +69,9 @@ class EUPruner:
     max_repetition: float | None = option(
         None, "Drop rows more of whose 4-grams are repeated than this, 0 to 1, before anything else, as degenerate."
     )
+    drop_noise: float = option(
+        0.0, "Share of the scored rows to drop before anything else, as noisy: those with the highest score noise."
+    )
     per_batch: bool = option(
         False, "Find the thresholds anew in every batch that map hands over, as published, instead of in fit."
     )
@@ -65,12 +79,14 @@ class EUPruner:
     seed: int = option(0, "Seed of strategies that draw.")
     pruned: Pruned | None = field(default=None, init=False, repr=False)
     _fitted: SampleStrategy | None = field(default=None, init=False, repr=False)
+    _noise_limit: float | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for names, right, choose in (
             (("sample_ratio", "token_ratio"), lambda value: 0 < value <= 1, "a share in (0, 1]"),
             (("num_samples", "num_tokens"), lambda value: value >= 1, "at least 1"),
             (("neighbour_weight", "trim_above", "max_repetition"), lambda value: 0 <= value <= 1, "from 0 to 1"),
+            (("drop_noise",), lambda value: 0 <= value < 1, "a share in [0, 1)"),
         ):
             for name in names:
                 value = getattr(self, name)
@@ -101,7 +117,8 @@ class EUPruner:
     @property
     def scores(self) -> tuple[str, ...]:
         """Scores that its strategies read, for `EUScorer(scores=...)`."""
-        return scores_of(SAMPLE_STRATEGIES[self.strategy].columns + TOKEN_STRATEGIES[self.token_strategy].columns)
+        columns = SAMPLE_STRATEGIES[self.strategy].columns + TOKEN_STRATEGIES[self.token_strategy].columns
+        return scores_of({*columns, *(["noise"] if self.drop_noise else [])})
 
     def fit(self, scored: Data) -> "EUPruner":
         """Find what divides the kept from the dropped in all of `scored`, which has the columns of `EUScorer`."""
@@ -110,9 +127,11 @@ class EUPruner:
                 "The data is streamed, so thresholds for all of it cannot be found; set per_batch to True."
             )
         scored = scored.with_format(None) if hasattr(scored, "with_format") else scored
+        self._noise_limit = None
         rows = self._table(scored)
         if rows["aside"].all():
-            raise ValueError(f"None of the {len(rows)} rows can be kept: all are without a score or degenerate.")
+            raise ValueError(f"None of the {len(rows)} rows can be kept: all are without a score, degenerate or noisy.")
+        self._noise_limit = self._limit(rows)
         rows["trimmed"] = self._trimmed(scored, rows)
         self._fitted, _ = self._fit(rows)
         self.pruned = self._summary(rows, self._label(rows, self._fitted))
@@ -132,10 +151,24 @@ class EUPruner:
     def _table(self, data: Data) -> pd.DataFrame:
         """The columns that decide, and `aside`: names for rows that are not chosen from, empty for the others."""
         needed = {"error", "uncertainty", "supervised_tokens", *SAMPLE_STRATEGIES[self.strategy].columns}
-        rows = read_table(data, needed | ({"repetition"} if self.max_repetition is not None else set()))
+        needed |= {"repetition"} if self.max_repetition is not None else set()
+        rows = read_table(data, needed | ({"noise"} if self.drop_noise else set()))
         repeats = self.max_repetition is not None and rows["repetition"] > self.max_repetition
-        rows["aside"] = np.select([rows["unscored"], np.broadcast_to(repeats, len(rows))], [UNSCORED, DEGENERATE], "")
+        limit = self._limit(rows) if self.per_batch or self._noise_limit is None else self._noise_limit
+        aside = {
+            UNSCORED: rows["unscored"],
+            DEGENERATE: np.broadcast_to(repeats, len(rows)),
+            NOISY: rows["noise"] > limit if self.drop_noise else np.zeros(len(rows), bool),
+        }
+        rows["aside"] = np.select([*aside.values()], [*aside], "")
         return rows
+
+    def _limit(self, rows: pd.DataFrame) -> float:
+        """The noise above which rows are dropped. Rows without a number are not; of equal ones, none is."""
+        if not self.drop_noise:
+            return np.inf
+        noise = rows["noise"][~rows["unscored"]].dropna().sort_values(ascending=False)
+        return float(noise.iloc[int(self.drop_noise * len(noise))]) if len(noise) else np.inf
 
     def _fit(self, rows: pd.DataFrame) -> tuple[SampleStrategy, np.ndarray]:
         """The strategy, fitted on the rows that can be chosen from, and what becomes of all when they are all there is.
@@ -185,14 +218,14 @@ class EUPruner:
             listed = ", ".join(map(str, unscored[:10])) + (", ..." if len(unscored) > 10 else "")
             notes.append(f"{len(unscored)} rows have no score and are not kept: {listed} (column unscored says why).")
         if target is not None and kept != target:
-            few = (choosable := len(rows) - found[UNSCORED] - found[DEGENERATE]) < target
+            few = (choosable := len(rows) - sum(found[name] for name in ASIDE)) < target
             cause = f"only {choosable} can be kept" if few else "samples with equal scores are kept together"
             notes.append(f"{kept} samples are kept instead of {target}: {cause}.")
         if copies := int(scored[["error", "uncertainty", "supervised_tokens"]].round(6).duplicated().sum()):
             advice = "remove copies before scoring if they should not count twice"
             notes.append(f"{copies} of {len(rows)} rows score exactly as another one, as copies do; {advice}.")
         return Pruned(
-            counts={name: found[name] for name in (*names, DEGENERATE, UNSCORED) if name in names or found[name]},
+            counts={name: found[name] for name in (*names, *ASIDE) if name in names or found[name]},
             kept_samples=kept, kept_tokens=int(self._in_tokens(rows).spent(quadrants)),
             samples=len(rows), tokens=int(rows["supervised_tokens"].sum()),
             correlation=rank_correlation(scored["error"], scored["uncertainty"]),
@@ -206,11 +239,7 @@ class EUPruner:
         `indices` are those of `map(..., with_indices=True)`, and not needed.
         """
         columns = columns_of(rows)
-        known = {
-            DEGENERATE,
-            UNSCORED,
-            *(name for strategy in SAMPLE_STRATEGIES.values() for name in strategy.quadrants),
-        }
+        known = {*ASIDE, *(name for strategy in SAMPLE_STRATEGIES.values() for name in strategy.quadrants)}
         if not known.issuperset(map(str, columns.get("quadrant", ()))):
             raise ValueError("The data has a column quadrant of its own, which pruning would replace; rename it.")
         require({"input_ids", "labels", *TOKEN_STRATEGIES[self.token_strategy].columns}, columns)

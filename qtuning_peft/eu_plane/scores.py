@@ -73,6 +73,14 @@ class ScoredRows:
             answers[sample.row] += [label for label in sample.labels if label != IGNORE_INDEX]
         return answers
 
+    @cached_property
+    def alone(self) -> list[np.ndarray]:
+        """The errors of the answers without their prompts, (supervised tokens,) by row: a second pass, run once.
+
+        Nothing predicts an answer's first token once its prompt is gone: what reads these leaves it out.
+        """
+        return self.run([Sample(i, a, [IGNORE_INDEX, *a[1:]]) for i, a in enumerate(self.answers) if a])
+
 
 @dataclass(frozen=True)
 class Score:
@@ -154,13 +162,26 @@ def repetition(rows: ScoredRows) -> list[float]:
 def ifd(rows: ScoredRows) -> list[Any]:
     """Instruction-following difficulty: perplexity after the prompt over perplexity without it; a second pass.
 
-    (Li et al., NAACL 2024.) Nothing predicts an answer's first token once its prompt is gone, so both leave it out.
+    (Li et al., NAACL 2024.)
     """
-    alone = rows.run([Sample(i, a, [IGNORE_INDEX, *a[1:]]) for i, a in enumerate(rows.answers) if a])
-    return [
-        np.exp(mean(errors[1:]) - mean(without)) if len(errors) > 1 else np.nan
-        for errors, without in zip(rows.token_error, alone, strict=True)
-    ]
+    return [np.exp(given - alone) for given, alone in _with_and_without_prompt(rows)]
+
+
+@row_score("noise")
+def noise(rows: ScoredRows) -> list[Any]:
+    """Error after the prompt over error without it, plus `repetition`: high where an answer is not one; ifd's pass.
+
+    The ratio finds answers to other questions, shuffled words and typos, none of which the prompt makes likelier; the
+    repetition finds loops, which look perfect to any likelihood. Ours (docs/pruning.md).
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = [given / alone for given, alone in _with_and_without_prompt(rows)]
+    return [ratio + repeated for ratio, repeated in zip(ratios, repetition(rows), strict=True)]
+
+
+def _with_and_without_prompt(rows: ScoredRows) -> list[tuple[np.float64, np.float64]]:
+    """Mean errors of every answer after its prompt and alone, its first token left out; NaN where there is no other."""
+    return [(mean(errors[1:]), mean(alone)) for errors, alone in zip(rows.token_error, rows.alone, strict=True)]
 
 
 @row_score("token_reference_error")

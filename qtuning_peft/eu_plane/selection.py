@@ -30,7 +30,8 @@ class Options(Protocol):
 
 # Beside the corners of the plane: rows that it adds to the kept corners, what other strategies say of a row, and rows
 # that no strategy judges.
-TOPPED_UP, KEPT, DROPPED, DEGENERATE, UNSCORED = "topped_up", "kept", "dropped", "degenerate", "unscored"
+TOPPED_UP, KEPT, DROPPED = "topped_up", "kept", "dropped"
+DEGENERATE, NOISY, UNSCORED = ASIDE = "degenerate", "noisy", "unscored"
 KEEP = (MISCONCEPTION, CALIBRATION, TOPPED_UP, KEPT)
 TRIM = (MISCONCEPTION, KEPT)
 
