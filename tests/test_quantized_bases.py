@@ -10,6 +10,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
+from conftest import tiny, token_ids
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import (
@@ -142,6 +143,51 @@ def test_trainers_take_a_side_network_on_packed_gguf_layers(
         assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
     # The folder of a GGUF file holds no configuration to compare the vocabulary with.
     assert not [str(warning.message) for warning in recwarn if "vocabulary" in str(warning.message)]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "opt"])
+@pytest.mark.parametrize("blocks", ["Q8_0", "Q4_0"])
+def test_packed_gguf_layers_of_other_families(family: str, blocks: str, tmp_path: Path) -> None:
+    """Random weights: every linear layer of the blocks, its bias too, in transformers' packed layer."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+    from transformers.integrations.gguf.utils import GgufLinear
+
+    def packed() -> PreTrainedModel:
+        base, kind = tiny(family), GGMLQuantizationType[blocks]
+        for path, module in list(base.named_modules()):
+            if isinstance(module, torch.nn.Linear) and module is not base.get_output_embeddings():
+                layer = GgufLinear(module.in_features, module.out_features, int(kind), module.bias is not None)
+                layer.weight.data = torch.from_numpy(quantize(module.weight.detach().numpy(), kind))
+                layer.bias = module.bias
+                base.set_submodule(path, layer)
+        return base.requires_grad_(False)
+
+    ids = token_ids(4, 24)  # few tokens need a kernel of the Hub
+    base = packed()
+    with torch.no_grad():
+        expected = base(input_ids=ids).logits
+        error = (expected - tiny(family)(input_ids=ids).logits).norm() / expected.norm()
+        assert 0 < error < 0.5
+    model = get_peft_model(base, SideTuningConfig(task_type="CAUSAL_LM", reduction_factor=4)).eval()
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, expected)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model.train()(input_ids=ids, labels=ids).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.01
+    assert all(p.grad is None for name, p in model.named_parameters() if "qst_side_network" not in name)
+    with torch.no_grad():
+        tuned = model.eval()(input_ids=ids).logits
+        model.save_pretrained(tmp_path)
+        assert torch.equal(PeftModel.from_pretrained(packed(), tmp_path).eval()(input_ids=ids).logits, tuned)
+        assert torch.equal(model.unload()(input_ids=ids).logits, expected)
 
 
 def test_the_size_of_the_default_adapter(smollm2: Path, tmp_path: Path) -> None:

@@ -12,9 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny, token_ids
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    TorchAoConfig,
+    Trainer,
+    TrainingArguments,
+)
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks import rows
@@ -156,3 +164,41 @@ def test_quantizers_that_need_a_gpu_say_so(name: str, checkpoint: Path, tmp_path
     with pytest.raises(Exception, match=f"(?i){quantizer.refusal}") as caught:
         quantizer.load(checkpoint, tmp_path / "kept")
     record(name, refused=f"{caught.type.__name__}: {str(caught.value).splitlines()[0]}")
+
+
+@pytest.mark.skipif("torchao" not in PACKAGES, reason="torchao is in another environment")
+def test_quantized_experts(tmp_path: Path) -> None:
+    """A mixture whose experts, not only its linear layers, are in 8 bits; they run one by one on a CPU."""
+    from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
+
+    tiny("qwen3_moe").save_pretrained(tmp_path / "base")
+    eight = Int8WeightOnlyConfig()
+    names = {f"re:.*experts\\.{name}": eight for name in ("gate_up_proj", "down_proj")} | {"_default": eight}
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=TorchAoConfig(FqnToConfig(names)), experts_implementation="eager"
+        ).eval()
+
+    base, ids = load(), token_ids()
+    layer = base.model.layers[0]
+    for tensor in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj, layer.self_attn.q_proj.weight):
+        assert type(tensor).__name__ == "Int8Tensor"
+    expected = logits(base, ids)
+    model = get_peft_model(base, SideTuningConfig(task_type="CAUSAL_LM", reduction_factor=4))
+    assert torch.equal(logits(model, ids), expected)
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    options = OPTIONS | {"learning_rate": 1e-2}
+    trainer = Trainer(model, TrainingArguments(str(tmp_path / "out"), **options), train_dataset=data)
+    trainer.train()
+    first, second = losses(trainer)
+    assert second < first
+    assert all((p.grad is None or "qst_side_network" in name) for name, p in model.named_parameters())
+    tuned = logits(model, ids)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, ids), expected)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(), tmp_path / "adapter").eval()
+    assert torch.equal(logits(again, ids), tuned)
+    generate = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 2}
+    assert torch.equal(again.generate(input_ids=ids, **generate), model.generate(input_ids=ids, **generate))
