@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import TrainingArguments
+from transformers.optimization import Adafactor
 
 from benchmarks import bases, methods, rows
 from benchmarks.common import smollm2, smollm2_tokenizer
@@ -160,7 +161,12 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
         (folder / MANIFEST).write_text(json.dumps(asdict(manifest)), encoding="utf-8")
         peak = Memory("cuda" if torch.cuda.is_available() else "cpu")
         model = model_from_states(folder, side).train()
-        optimizer = methods.optimizer(methods.find("side-lean"), model)
+        optimizer = (
+            # As `optim: adafactor` of TrainingArguments.
+            Adafactor(methods.trained(model), lr=1e-3, scale_parameter=False, relative_step=False)
+            if arguments.adafactor
+            else methods.optimizer(methods.find("side-lean"), model)
+        )
         stored, collator = load_states(folder), StatesCollator(folder)
         for _ in range(2):
             model(**collator(list(stored))).loss.backward()
@@ -168,6 +174,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
             optimizer.zero_grad()
         return {
             "tokens": tokens * arguments.rows,
+            "optimizer": type(optimizer).__name__,
             "trained_parameters": sum(p.numel() for p in methods.trained(model)),
         } | peak.peak()
 
@@ -180,6 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("--rows", type=positive, default=8, help="rows of a batch (8)")
+    parser.add_argument("--adafactor", action="store_true", help="for memory: Adafactor in the place of AdamW")
     parser.add_argument("--repeats", type=positive, default=5, help="timed repeats, after one that is not (5)")
     arguments = parser.parse_args()
     row = {"what": arguments.what, "rows": arguments.rows, **COMMANDS[arguments.what](arguments)}
