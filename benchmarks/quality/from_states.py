@@ -20,12 +20,12 @@ from qtuning_peft.states.format import Format
 RATE, BATCH = 1e-3, 8
 
 
-def stored(name: str, found: Sequence[dict[str, Any]], load: Callable[[], Any]) -> Path:
+def stored(name: str, found: Sequence[dict[str, Any]], load: Callable[[], Any], **scoring: Any) -> Path:
     """The folder of float32 states of these rows under the base that `load` gives, computed where it is not there."""
     folder = rows.results_file("states").parent / "parts" / "states" / name
     if not (folder / "states.json").is_file():
         dataset = Dataset.from_list(list(found))
-        compute_states(dataset, load(), None, SideTuningConfig(), folder, states_format="float32")
+        compute_states(dataset, load(), None, SideTuningConfig(), folder, states_format="float32", **scoring)
     return folder
 
 

@@ -116,9 +116,7 @@ def load(name: str, tokenizer: Any, folder: Path | None, few_shot_examples: int 
     Raises:
         ValueError: when there is none, or its files are not in `folder`.
     """
-    if name not in TASKS:
-        raise ValueError(f"task is {name}; choose one of {', '.join(TASKS)}.")
-    texts, shown = TASKS[name](folder), copy(tokenizer)
+    texts, shown = texts_of(name, folder), copy(tokenizer)
     if few_shot_examples:
         examples = texts.train[-few_shot_examples:]
         turns = [(role, row[key]) for row in examples for role, key in (("user", "question"), ("assistant", "answer"))]
@@ -133,6 +131,13 @@ def load(name: str, tokenizer: Any, folder: Path | None, few_shot_examples: int 
 
     parts = [[encoded(row) for row in part] for part in (texts.train, texts.validation, texts.test)]
     return Task(name, texts.labels, *parts, padding=tokenizer.pad_token_id, few_shot_examples=before)
+
+
+def texts_of(name: str, folder: Path | None) -> Texts:
+    """The texts of the task called `name`."""
+    if name not in TASKS:
+        raise ValueError(f"task is {name}; choose one of {', '.join(TASKS)}.")
+    return TASKS[name](folder)
 
 
 def _prompt(tokenizer: Any, question: str) -> list[int]:
