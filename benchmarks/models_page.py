@@ -16,7 +16,7 @@ from benchmarks.quantizers import QUANTIZERS
 from benchmarks.rows import Row
 
 DOCUMENT = HERE.parent / "docs" / "models.md"
-WHICH_BASE = 'python -m benchmarks.quality.quantized_bases --data data --bases "bitsandbytes NF4" "HQQ, 4 bits"'
+WHICH_BASE = "python -m benchmarks.quality.quantized_bases --data data --bases BASE"
 COMMAND = "QUANTIZER_ROWS=1 bash scripts/test_quantizers.sh"
 
 

@@ -66,13 +66,15 @@ def address(folder: Path) -> Iterator[str]:
     environment = {**os.environ, "TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True) as server:
         try:
-            for _ in range(240):
+            for _ in range(600):
                 try:
                     urlopen(f"http://127.0.0.1:{port}/health").close()
                     break
                 except URLError:
                     assert server.poll() is None, "the server did not start"
                     time.sleep(0.5)
+            else:
+                pytest.fail("The server did not start.")
             yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()

@@ -210,7 +210,7 @@ def server(
         process = subprocess.Popen([str(c) for c in command], stdout=output, stderr=output, env=environment)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120, max_retries=0)
     try:
-        for _ in range(240):
+        for _ in range(600):
             time.sleep(1)
             assert process.poll() is None, log.read_text()[-5000:]
             try:
@@ -218,6 +218,8 @@ def server(
                 break
             except openai.APIConnectionError:
                 continue
+        else:
+            pytest.fail(f"The server did not start: {log.read_text()[-5000:]}")
         yield client
     finally:
         process.send_signal(signal.SIGTERM)
