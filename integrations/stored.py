@@ -24,7 +24,9 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qtuning_peft.hub.metadata import TrainingMetadata
 from qtuning_peft.loading import load_tokenizer
@@ -43,6 +45,7 @@ DEFAULTS = {
 }  # fmt: skip
 # What the rows are, and that nothing but a loss comes out.
 FIXED = {"remove_unused_columns": False, "prediction_loss_only": True}
+CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 ONLY_A_SCORER = ("scorer_model", "reference_model", "cache_path", "report_path")
 
 
@@ -190,7 +193,7 @@ def train(folder: Path, recipe: Recipe, overwrite: bool, console: Console) -> Pa
         console.print(f"Note: learning_rate is {rate:g}, a rate for LoRA; start at 1e-3 with a side network.")
     kept = "" if pruned == NOT_PRUNED else f" ({pruned})"
     console.print(f"{len(rows)} rows to train on{kept}, {len(validation or ())} for validation", highlight=False)
-    last = get_last_checkpoint(str(output)) if output.is_dir() and not overwrite else None
+    last = None if overwrite else last_checkpoint(output)
     if last is not None:
         console.print(f"going on from {last}", highlight=False)
     trainer.train(resume_from_checkpoint=last)
@@ -200,6 +203,16 @@ def train(folder: Path, recipe: Recipe, overwrite: bool, console: Console) -> Pa
     if recipe.sweep:
         show_sweep(trainer, output, console)
     return output
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that is whole: the Trainer writes its state last, and may be killed before."""
+    numbered = [(int(found[1]), path) for path in folder.glob("*") if (found := CHECKPOINT.fullmatch(path.name))]
+    for _, path in sorted(numbered, reverse=True):
+        with suppress(OSError, ValueError, TypeError):
+            TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
+            return str(path)
+    return None
 
 
 def _tokenizer(model: Any) -> Any:

@@ -77,7 +77,10 @@ def test_a_sweep_saves_the_best_with_a_table_and_a_plot(made: Path, tmp_path: Pa
 
 
 def test_killed_training_goes_on(made: Path, tmp_path: Path) -> None:
-    """Killed by SIGKILL behind its first checkpoint, and started again: the adapter of an uninterrupted run."""
+    """Killed by SIGKILL behind its first checkpoint, and started again: the adapter of an uninterrupted run.
+
+    Checkpoints that were being written when it was killed are none.
+    """
     settings = {"num_train_epochs": 8, "save_strategy": "steps", "save_steps": 4, "data_seed": 1}
     whole = recipe(tmp_path, **settings)
     run("train", made / "states", "--config", whole, "--output_dir", tmp_path / "whole")
@@ -91,7 +94,15 @@ def test_killed_training_goes_on(made: Path, tmp_path: Path) -> None:
     assert process.stderr is not None
     process.stderr.close()
     assert not (tmp_path / "adapter" / "adapter_model.safetensors").exists()
-    assert "going on from" in run("train", made / "states", "--config", whole)
+    last = max((tmp_path / "adapter").glob("checkpoint-*/trainer_state.json"), key=lambda file: file.stat().st_mtime)
+    for number, state in (("900", None), ("1000", last.read_text()[:100])):
+        (tmp_path / "adapter" / f"checkpoint-{number}").mkdir()
+        if state is not None:
+            (tmp_path / "adapter" / f"checkpoint-{number}" / last.name).write_text(state)
+    said = "".join(run("train", made / "states", "--config", whole).split())
+    assert f"goingonfrom{tmp_path / 'adapter' / 'checkpoint-'}" in said
+    assert "checkpoint-900" not in said
+    assert "checkpoint-1000" not in said
     found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "whole"))
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
