@@ -13,8 +13,7 @@ from tempfile import TemporaryDirectory
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from qtuning_peft.loading import adapter_config
-from qtuning_peft.side_tuning import SideTuningConfig
+from qtuning_peft.loading import side_tuning_config
 
 
 def join(base: Path, adapters: Mapping[str, str], folder: Path) -> None:
@@ -32,8 +31,7 @@ def join(base: Path, adapters: Mapping[str, str], folder: Path) -> None:
         for file in base.iterdir():
             (folder / name / file.name).symlink_to(file.resolve())
         if path:
-            if not isinstance(config := adapter_config(Path(path)), SideTuningConfig):
-                raise ValueError(f"{path} holds an adapter of {config.peft_type}, but side networks are served here.")
+            side_tuning_config(Path(path))
             for file_name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
                 (folder / name / file_name).symlink_to((Path(path) / file_name).resolve())
 

@@ -10,6 +10,8 @@ from peft import AutoPeftModelForCausalLM, PeftConfig
 from peft.utils import CONFIG_NAME
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from .side_tuning import SideTuningConfig
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -56,6 +58,14 @@ def adapter_config(folder: Path, name: str | None = None) -> PeftConfig:
     except (LookupError, TypeError) as error:
         reason = f"has an {CONFIG_NAME} of an unknown method ({error!r:.200}); upgrade PEFT."
         raise ValueError(f"{name or folder} {reason}") from error
+
+
+def side_tuning_config(folder: Path) -> SideTuningConfig:
+    """The configuration of the side network in a folder, to be served; `ValueError` when it is another adapter."""
+    config = adapter_config(folder)
+    if not isinstance(config, SideTuningConfig):
+        raise ValueError(f"{folder} holds an adapter of {config.peft_type}, but side networks are served here.")
+    return config
 
 
 def load_tokenizer(name: str, **arguments: Any) -> Any:

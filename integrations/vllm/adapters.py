@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from qtuning_peft.loading import adapter_config
-from qtuning_peft.side_tuning import SideTuningConfig
+from qtuning_peft.loading import side_tuning_config
 from qtuning_peft.side_tuning.follow import BlockCall, Decoder, SideRun, find_decoder
 from qtuning_peft.side_tuning.network import SideNetwork
 from qtuning_peft.side_tuning.peft.refusals import PEFT_PREFIX, refuse_another_size, warn_of_another_base
@@ -32,9 +31,7 @@ def decoder_of(config: Any) -> Decoder:
 
 def load_network(folder: str | Path, decoder: Decoder, base: str) -> SideNetwork:
     """The side network in `folder`, checked as a whole before it is loaded; a `ValueError` when it cannot be served."""
-    config = adapter_config(Path(folder))
-    if not isinstance(config, SideTuningConfig):
-        raise ValueError(f"{folder} holds an adapter of {config.peft_type}, but side networks are served here.")
+    config = side_tuning_config(Path(folder))
     for name in ("side_attention", "modules_to_save"):
         if value := getattr(config, name):
             raise ValueError(
