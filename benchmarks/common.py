@@ -17,6 +17,7 @@ from examples.json_extraction.evaluate import load_base, quiet
 from examples.json_extraction.smollm2 import prepare_checkpoint
 
 HERE = Path(__file__).parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets")
 
@@ -33,11 +34,11 @@ def smollm2_tokenizer() -> Any:
 
 
 def smollm2(quantized: bool = True) -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct in NF4, or in float32, and its tokenizer."""
+    """SmolLM2-135M-Instruct in NF4, or in float32, and its tokenizer; on a GPU, if there is one."""
     folder, tokenizer = checkpoint(), smollm2_tokenizer()
     if quantized:
         return load_base(str(folder), NF4).eval(), tokenizer
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(DEVICE), tokenizer
 
 
 def read_data(name: str) -> list[dict[str, Any]]:

@@ -30,7 +30,9 @@ ALL = tuple(name for name in methods.METHODS if name != "lora-checkpointed")
 ON_CPU = (
     "side", "side-int8", "side-int4", "side-projection", "side-lean", "lora", "qlora", "qlora-checkpointed", "full",
 )  # fmt: skip
-LONG = ("side-lean", "side-projection", "side-int4", "side", "qlora-checkpointed", "qlora-lean")
+LONG = (
+    "side-lean", "side-projection", "side-int4", "side", "qlora-checkpointed", "qlora-lean", "qlora-offloaded",
+)  # fmt: skip
 WHAT = (
     "base",
     "method",

@@ -1,7 +1,8 @@
 """The methods that are compared: a PEFT configuration and a few flags each.
 
 LoRA, IA3 and SHADOW train in the base's own precision, as TRL lets them on a 4-bit base: float32 adapters would save a
-float32 copy of their inputs for backward, which would be unfair to them. A side network's weights are always float32.
+float32 copy of their inputs for backward, which would be unfair to them. A side network's weights are always float32;
+on a GPU it runs under autocast, as trainers run it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import bitsandbytes as bnb
 import peft
@@ -31,7 +32,8 @@ class Method:
         config: Name of a PEFT configuration class; none for full fine-tuning.
         arguments: Its arguments.
         four_bit: Whether the base is in NF4.
-        checkpointing: Gradient checkpointing, of the side network or of the base.
+        checkpointing: Gradient checkpointing, of the side network or of the base; "offload" keeps what it saves in
+            pinned memory of the host (transformers 5.23).
         kbit: `prepare_model_for_kbit_training`, which casts what is not quantized to float32.
         autocast: Trained under autocast on a GPU, as `bf16=True` does in every trainer: parts of it are in float32.
         adam8: 8-bit AdamW, on a GPU.
@@ -43,7 +45,7 @@ class Method:
     config: str | None = "SideTuningConfig"
     arguments: dict[str, Any] = field(default_factory=dict)
     four_bit: bool = True
-    checkpointing: bool = False
+    checkpointing: bool | Literal["offload"] = False
     kbit: bool = False
     autocast: bool = False
     adam8: bool = False
@@ -74,14 +76,14 @@ PROJECTION = {"reduction_factor": 16, "downsample": "projection", "downsample_ra
 METHODS = {
     method.name: method
     for method in (
-        Method("side"),
-        Method("side-paper", arguments=PAPER),
-        Method("side-checkpointed", checkpointing=True),
-        Method("side-int8", arguments={"tap_storage": "int8"}, checkpointing=True, adam8=True),
-        Method("side-int4", arguments={"tap_storage": "int4"}, checkpointing=True, adam8=True),
-        Method("side-projection", arguments=PROJECTION, checkpointing=True, adam8=True),
-        Method("side-lean", arguments=LEAN, checkpointing=True, adam8=True),
-        Method("lst", arguments={"downsample": "linear"}, four_bit=False),
+        Method("side", autocast=True),
+        Method("side-paper", arguments=PAPER, autocast=True),
+        Method("side-checkpointed", checkpointing=True, autocast=True),
+        Method("side-int8", arguments={"tap_storage": "int8"}, checkpointing=True, adam8=True, autocast=True),
+        Method("side-int4", arguments={"tap_storage": "int4"}, checkpointing=True, adam8=True, autocast=True),
+        Method("side-projection", arguments=PROJECTION, checkpointing=True, adam8=True, autocast=True),
+        Method("side-lean", arguments=LEAN, checkpointing=True, adam8=True, autocast=True),
+        Method("lst", arguments={"downsample": "linear"}, four_bit=False, autocast=True),
         Method("lora", "LoraConfig", LORA, four_bit=False, learning_rate=2e-4),
         Method("lora-r8", "LoraConfig", {**LORA, "r": 8, "lora_alpha": 16}, four_bit=False, learning_rate=2e-4),
         Method("lora-checkpointed", "LoraConfig", LORA, four_bit=False, checkpointing=True, learning_rate=2e-4),
@@ -89,8 +91,9 @@ METHODS = {
         Method(
             "qlora-checkpointed", "LoraConfig", LORA, checkpointing=True, kbit=True, autocast=True, learning_rate=2e-4
         ),
-        # The most that QLoRA's user can save: no float32 casts, 8-bit AdamW.
+        # The most that QLoRA's user can save: no float32 casts, 8-bit AdamW; then checkpoints in the host's memory too.
         Method("qlora-lean", "LoraConfig", LORA, checkpointing=True, adam8=True, learning_rate=2e-4),
+        Method("qlora-offloaded", "LoraConfig", LORA, checkpointing="offload", adam8=True, learning_rate=2e-4),
         Method("shadow", "ShadowConfig", loss="full", learning_rate=2e-4),
         Method("ia3", "IA3Config", autocast=True, learning_rate=3e-3),
         Method("full", None, four_bit=False, learning_rate=1e-5),
@@ -133,7 +136,11 @@ def apply(method: Method, model: Any, task_type: str = "CAUSAL_LM") -> Any:
         for parameter in () if method.is_side else trained(model):
             parameter.data = parameter.data.to(dtype)
     if method.checkpointing:
-        (model.get_base_model() if method.config else model).gradient_checkpointing_enable(NOT_REENTRANT)
+        owner = model.get_base_model() if method.config else model
+        if method.checkpointing == "offload":
+            owner.activation_checkpointing_enable(NOT_REENTRANT, offload=True)
+        else:
+            owner.gradient_checkpointing_enable(NOT_REENTRANT)
     return model.train()
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.stored pass      scoring and storing states, over a bare forward pass with its loss
     python -m benchmarks.stored epoch     a step from states on disk, over QLoRA's on the same rows
     python -m benchmarks.stored sweep     a live step of 8 networks, over one of 1
-    python -m benchmarks.stored memory    peak memory of training beside no base, Llama-2-70B's shape, random states
+    python -m benchmarks.stored memory    peak memory and time of a step beside no base, a large shape, random states
 
 SmolLM2-135M-Instruct on the GSM8K rows in `benchmarks/data`. Rows go to `results/stored.jsonl`.
 """
@@ -53,8 +53,8 @@ from qtuning_peft.sweep import candidates
 NAME = "stored"
 CONFIG = SideTuningConfig(task_type="CAUSAL_LM")
 NETWORKS = 8
-# Leanest: see `benchmarks.saved_for_backward`.
-LEAN = {"reduction_factor": 16, "downsample": "avgpool"}
+# The leanest by `benchmarks.saved_for_backward`.
+NETWORKS_OF: dict[str, dict[str, Any]] = {"lean": {"reduction_factor": 16, "downsample": "avgpool"}, "default": {}}
 
 
 def encoded(count: int) -> list[dict[str, Any]]:
@@ -142,9 +142,12 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Peak of training from random states of Llama-2-70B's shape, with the leanest network."""
-    config, side = bases.shape("llama-2-70b"), SideTuningConfig(**LEAN, task_type="CAUSAL_LM")
-    width, tokens = config.hidden_size, 64  # of a row
+    """Time and peak memory of a step from random states on disk, of the shape of a large base."""
+    config, side = (
+        bases.shape(arguments.base),
+        SideTuningConfig(**NETWORKS_OF[arguments.network], task_type="CAUSAL_LM"),
+    )
+    width, tokens, device = config.hidden_size, 64, "cuda" if torch.cuda.is_available() else "cpu"  # tokens of a row
     layers = tuple(range(config.num_hidden_layers - 1, -1, -side.tap_every))[::-1]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -159,24 +162,37 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
         manifest = Manifest("random", layers, config.num_hidden_layers, width, "int8", "", "", None, ("part.arrow",),
                             checksum_of(folder / HEAD), arguments.rows)  # fmt: skip
         (folder / MANIFEST).write_text(json.dumps(asdict(manifest)), encoding="utf-8")
-        peak = Memory("cuda" if torch.cuda.is_available() else "cpu")
-        model = model_from_states(folder, side).train()
+        peak = Memory(device)
+        model = model_from_states(folder, side).to(device).train()
         optimizer = (
             # As `optim: adafactor` of TrainingArguments.
             Adafactor(methods.trained(model), lr=1e-3, scale_parameter=False, relative_step=False)
             if arguments.adafactor
-            else methods.optimizer(methods.find("side-lean"), model)
+            else methods.optimizer(methods.find("side-lean" if arguments.network == "lean" else "side"), model)
         )
         stored, collator = load_states(folder), StatesCollator(folder)
-        for _ in range(2):
-            model(**collator(list(stored))).loss.backward()
+
+        def read() -> dict[str, Any]:
+            return {name: tensor.to(device) for name, tensor in collator(list(stored)).items()}
+
+        def step(batch: dict[str, Any]) -> None:
+            model(**batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+
+        for _ in range(2):
+            step(read())
+        found = peak.peak()
+        batch = read()
         return {
+            "base": arguments.base,
+            "network": arguments.network,
             "tokens": tokens * arguments.rows,
             "optimizer": type(optimizer).__name__,
             "trained_parameters": sum(p.numel() for p in methods.trained(model)),
-        } | peak.peak()
+            "read_seconds": median(seconds(read) for _ in range(arguments.repeats)),
+            "step_seconds": median(seconds(lambda: step(batch)) for _ in range(arguments.repeats)),
+        } | found
 
 
 COMMANDS = {"pass": one_pass, "epoch": epoch, "sweep": sweep, "memory": memory}
@@ -187,6 +203,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("--rows", type=positive, default=8, help="rows of a batch (8)")
+    parser.add_argument(
+        "--base", choices=bases.SHAPES, default="llama-2-70b", help="for memory: the shape (llama-2-70b)"
+    )
+    parser.add_argument(
+        "--network", choices=NETWORKS_OF, default="lean", help="for memory: of least memory, or default"
+    )
     parser.add_argument("--adafactor", action="store_true", help="for memory: Adafactor in the place of AdamW")
     parser.add_argument("--repeats", type=positive, default=5, help="timed repeats, after one that is not (5)")
     arguments = parser.parse_args()

@@ -7,10 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import randomize_side_network, side_parameters, tiny, token_ids
+from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainingArguments
 
-from qtuning_peft import EUScorer, SideTuningConfig
+from qtuning_peft import (
+    EUScorer,
+    HiddenStateCacheCallback,
+    SideTuningConfig,
+    SideTuningTrainer,
+    StatesCollator,
+    compute_states,
+    model_from_states,
+)
+from qtuning_peft.loss import chunked_cross_entropy
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,3 +88,58 @@ def test_scoring_holds_the_logits_of_a_chunk_alone() -> None:
     EUScorer(model, tokens_per_batch=16_000)(rows)
     # All logits would be 6.4 GB; a chunk is 256 MiB, and a pass over it holds a few of its size.
     assert torch.cuda.max_memory_allocated() - before < 1.5 * 2**30
+
+
+@pytest.mark.parametrize("settings", [{}, {"tap_storage": "int8"}, {"downsample": "avgpool"}], ids=str)
+def test_a_trainer_in_bf16_learns_and_reads_cached_states(settings: dict[str, str], tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path / "base")
+    rows = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in token_ids(8, 24).tolist()])
+
+    def train(cached: bool) -> list[float]:
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", dtype=torch.bfloat16, device_map={"": 0},
+            quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16),
+        )  # fmt: skip
+        model = get_peft_model(base, SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM", **settings))
+        arguments = TrainingArguments(
+            str(tmp_path / "run"), per_device_train_batch_size=4, num_train_epochs=6, learning_rate=1e-2, bf16=True,
+            logging_steps=1, report_to="none", save_strategy="no", seed=0,
+        )  # fmt: skip
+        callbacks = [HiddenStateCacheCallback(gibibytes=1)] if cached else []
+        trainer = SideTuningTrainer(model=model, args=arguments, train_dataset=rows, callbacks=callbacks)
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    live, cached = train(False), train(True)
+    assert live[-1] < live[0] - 0.1
+    assert cached == pytest.approx(live, abs=0.02)
+
+
+def test_states_of_a_gpu_train_like_the_base(tmp_path: Path) -> None:
+    base = tiny().cuda()
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = base.config.name_or_path = str(tmp_path / "base")
+    ids = token_ids(4, 16)
+    rows = Dataset.from_list([{"input_ids": row, "labels": row} for row in ids.tolist()])
+    config = SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM")
+    stored = compute_states(rows, base, None, config, tmp_path / "states", states_format="float32", progress=False)
+    live = get_peft_model(tiny().cuda(), config).train()
+    randomize_side_network(live)
+    alone = model_from_states(tmp_path / "states", config).train()
+    alone.load_state_dict(
+        {name: tensor for name, tensor in live.state_dict().items() if "qst_side_network" in name}, strict=False
+    )
+    alone.cuda()
+    batch = {name: tensor.cuda() for name, tensor in StatesCollator(tmp_path / "states")(list(stored)).items()}
+    expected = chunked_cross_entropy(live, ids.cuda(), ids.cuda())
+    assert alone(**batch).loss.item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_dropping_adapters_frees_their_memory() -> None:
+    model = get_peft_model(tiny().cuda(), SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"))
+    before = torch.cuda.memory_allocated()
+    model.add_adapter("second", SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"))
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    model.delete_adapter("second")
+    assert torch.cuda.memory_allocated() <= before + 2**16

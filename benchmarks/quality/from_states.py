@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks import methods, rows
+from benchmarks.common import DEVICE
 from benchmarks.quality.learner import factor
 from qtuning_peft import SideTuningConfig, StatesCollator, compute_states, load_states, model_from_states
 from qtuning_peft.states.format import Format
@@ -36,11 +37,13 @@ class Rows:
         collator = StatesCollator(folder)
         self.layers = torch.tensor(collator.manifest.layers)
         batches = [collator([row]) for row in load_states(folder)]
-        self.rows: list[tuple[Tensor, Tensor]] = [(batch["states"], batch["labels"][1:]) for batch in batches]
+        self.rows: list[tuple[Tensor, Tensor]] = [
+            (batch["states"].to(DEVICE), batch["labels"][1:].to(DEVICE)) for batch in batches
+        ]
 
     def batch(self, chosen: Sequence[int]) -> dict[str, Tensor]:
         """The rows `chosen`."""
-        labels = torch.cat([torch.tensor([-100]), *(self.rows[index][1] for index in chosen)])
+        labels = torch.cat([torch.tensor([-100], device=DEVICE), *(self.rows[index][1] for index in chosen)])
         states = torch.cat([self.rows[index][0] for index in chosen], 1)
         return {"states": states, "labels": labels, "state_layers": self.layers}
 
@@ -49,9 +52,9 @@ class Rows:
         other, size, tokens = object.__new__(Rows), 0, 0
         other.layers, other.rows = self.layers, []
         for states, labels in self.rows:
-            content = chosen.encode(states)
+            content = chosen.encode(states.cpu())
             size, tokens = size + len(content), tokens + len(labels)
-            other.rows.append((chosen.decode(content, len(states), states.shape[-1]), labels))
+            other.rows.append((chosen.decode(content, len(states), states.shape[-1]).to(DEVICE), labels))
         return other, size / tokens
 
 
@@ -69,7 +72,7 @@ def loss(model: Any, found: Rows) -> float:
 def fresh(folder: Path, seed: int) -> Any:
     """A side network that has learned nothing: its loss is the base's."""
     torch.manual_seed(seed)
-    return model_from_states(folder, SideTuningConfig()).train()
+    return model_from_states(folder, SideTuningConfig()).to(DEVICE).train()
 
 
 def train(folder: Path, found: Rows, epochs: int, seed: int) -> Any:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks import methods, rows
-from benchmarks.common import smollm2, smollm2_tokenizer
+from benchmarks.common import DEVICE, smollm2, smollm2_tokenizer
 from benchmarks.gsm8k import encode
 from benchmarks.noise import TOGETHER, corrupted
 from benchmarks.quality.from_states import BATCH, RATE, Rows, fresh, stored
@@ -90,7 +90,7 @@ def learn(model: Any, found: Rows, chosen: dict[int, Tensor], seed: int) -> None
             group["lr"] = RATE * factor(step, STEPS)
         parts = [(*found.rows[index], chosen[index]) for index in order[step::STEPS]]
         states = torch.cat([states[:, kept] for states, _, kept in parts], dim=1)
-        labels = torch.cat([torch.tensor([-100]), *(labels[kept] for _, labels, kept in parts)])
+        labels = torch.cat([torch.tensor([-100], device=DEVICE), *(labels[kept] for _, labels, kept in parts)])
         model(states=states, labels=labels, state_layers=found.layers).loss.backward()
         nn.utils.clip_grad_norm_(methods.trained(model), 1.0)
         optimizer.step()
@@ -105,7 +105,7 @@ def choose(scored: Any, options: dict[str, Any], seed: int) -> dict[int, Tensor]
         if quadrant in KEEP:
             trimmed = quadrant in TRIM and pruner.token_ratio < 1
             whole = np.ones(scored[index]["supervised_tokens"], bool)
-            kept[index] = torch.from_numpy(pruner.kept_tokens(scored[index]) if trimmed else whole)
+            kept[index] = torch.from_numpy(pruner.kept_tokens(scored[index]) if trimmed else whole).to(DEVICE)
     return kept
 
 
