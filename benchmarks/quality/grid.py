@@ -42,9 +42,9 @@ LORA, SIDE = ("lora", "qlora"), ("side(four_bit=False)", "side")
 FULL, NF4 = (LORA[0], SIDE[0]), (LORA[1], SIDE[1])
 RATES = ((1e-3, 2e-3, 5e-4), (4e-3, 2e-4))  # the middle ones first
 SEEDS = (0, 1, 2)
-# Test rows, and epochs of a side network: from the hidden-state cache, which does not pay for long rows.
-TASKS = {"sst2": (1800, 3), "mrpc": (1700, 3), "extraction": (300, 3), "reward": (300, 1), "cola": (500, 3),
-         "rte": (270, 3)}  # fmt: skip
+# Test rows; epochs of a side network: from the hidden-state cache, which does not pay for long rows; rows in a step.
+TASKS = {"sst2": (1800, 3, 32), "mrpc": (1700, 3, 32), "extraction": (300, 3, 32), "reward": (300, 1, 16),
+         "cola": (500, 3, 32), "rte": (270, 3, 32)}  # fmt: skip
 STEPS = (80, 320, 1280)  # rows of GSM8K, 8 in a step
 
 
@@ -95,8 +95,9 @@ class Run:
         return replace(self, rate=best(found, key=lambda row: row["validation"])["learning_rate"])
 
 
-def _epochs(task: str, method: str) -> int:
-    return TASKS[task][1] if method in SIDE else 1
+def _of(task: str, method: str) -> dict[str, int]:
+    _, epochs, batch = TASKS[task]
+    return {"epochs": epochs if method in SIDE else 1, "batch": batch}
 
 
 def _best(runs: list[Run]) -> list[Run]:
@@ -107,7 +108,7 @@ def rates() -> list[Run]:
     """Five of every method on every task: float32 first, and the outer rates last."""
     order = product(RATES, (FULL, NF4), TASKS)
     return [
-        Run(task, method, rate, epochs=_epochs(task, method))
+        Run(task, method, rate, **_of(task, method))
         for some, methods, task in order
         for method, rate in product(methods, some)
     ]
@@ -116,7 +117,7 @@ def rates() -> list[Run]:
 def seeds() -> list[Run]:
     """The best rates, three seeds."""
     return _best([
-        Run(task, method, None, epochs=_epochs(task, method), seed=seed, test_rows=TASKS[task][0])
+        Run(task, method, None, **_of(task, method), seed=seed, test_rows=TASKS[task][0])
         for methods, task, seed in product((FULL, NF4), TASKS, SEEDS)
         for method in methods
     ])  # fmt: skip
@@ -124,7 +125,7 @@ def seeds() -> list[Run]:
 
 def once_rates() -> list[Run]:
     """Side networks that read their rows once, where `rates` has several epochs."""
-    tasks = [task for task, (_, epochs) in TASKS.items() if epochs > 1]
+    tasks = [task for task, (_, epochs, _) in TASKS.items() if epochs > 1]
     return [Run(task, method, rate) for method, task, rate in product(SIDE, tasks, RATES[0])]
 
 
@@ -155,7 +156,7 @@ def timed() -> list[Run]:
     """The best rates again, and 40 steps of GSM8K; one seed."""
     steps = dict.fromkeys(replace(run, rate=None, test_rows=None) for run in gsm8k() if run.rows == STEPS[1])
     full, four_bit = (
-        [Run(task, method, None, epochs=_epochs(task, method)) for task in TASKS for method in methods]
+        [Run(task, method, None, **_of(task, method)) for task in TASKS for method in methods]
         for methods in (FULL, NF4)
     )
     return _best([*full, *steps, *four_bit])
@@ -188,13 +189,12 @@ def _ready(workers: int) -> None:
 
 def _work(words: list[str]) -> str | None:
     """Run it; returns why it failed, if it did."""
+    gc.collect()  # what ran before in this process takes no memory of this run, and of no other worker's
+    torch.cuda.empty_cache()
     try:
         train.main(words)
     except (Exception, SystemExit) as error:
         return f"{type(error).__name__}: {error}"
-    finally:
-        gc.collect()
-        torch.cuda.empty_cache()
     return None
 
 
