@@ -1,6 +1,6 @@
 """The tasks of the quality benchmark, side networks beside LoRA: many runs in several processes on one machine.
 
-    python -m benchmarks.quality.grid rates seeds gsm8k --data FOLDER --workers 8 --minutes 4
+    python -m benchmarks.quality.grid rates seeds gsm8k --data FOLDER --workers 8 --minutes 2 1 1
     python -m benchmarks.quality.grid time --data FOLDER
     python -m benchmarks.quality.grid rates --data FOLDER --list
 
@@ -227,30 +227,31 @@ def main() -> None:
     parser.add_argument("stages", nargs="+", choices=STAGES, help="which runs, in that order")
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="where the tasks' files are")
     parser.add_argument("--workers", type=positive, default=1, help="processes (1)")
-    parser.add_argument("--minutes", type=float, help="start no run later (no limit)")
+    parser.add_argument("--minutes", type=float, nargs="+", help="start no run later: of each stage (no limit)")
     parser.add_argument("--list", action="store_true", help="show the runs that are known now, and run none")
     parser.add_argument("--tasks", nargs="+", choices=[*TASKS, "gsm8k"], help="only these")
     arguments = parser.parse_args()
-    if arguments.minutes is not None and arguments.minutes <= 0:
-        parser.error(f"minutes is {arguments.minutes}; give a number above 0.")
+    minutes = arguments.minutes or [math.inf] * len(arguments.stages)
+    if len(minutes) != len(arguments.stages) or min(minutes) <= 0:
+        parser.error(f"minutes are {minutes}; give a number above 0 for each stage.")
 
     def chosen(runs: list[Run]) -> list[Run]:
         return [run for run in runs if run.task in (arguments.tasks or [run.task])]
 
     extra = ["--data", str(arguments.data), "--workers", str(arguments.workers)]
-    parts = [part for stage in arguments.stages for part in STAGES[stage]]
     if arguments.list:
-        for run in [run for part in parts for run in chosen(part())]:
+        for run in [run for stage in arguments.stages for part in STAGES[stage] for run in chosen(part())]:
             print(f"{'done' if run.is_done(extra, arguments.workers) else 'to run':8}{run}")
         return
-    deadline = time.monotonic() + 60 * (arguments.minutes or math.inf)
     checkpoint()  # once, before the workers ask for it
     spawn = multiprocessing.get_context("spawn")
     failed = left = 0
     with ProcessPoolExecutor(arguments.workers, spawn, _ready, (arguments.workers,)) as pool:
-        for part in parts:
-            counts = work(chosen(part()), extra, arguments.workers, deadline, pool)
-            failed, left = failed + counts[0], left + counts[1]
+        for stage, limit in zip(arguments.stages, minutes, strict=True):
+            deadline = time.monotonic() + 60 * limit
+            for part in STAGES[stage]:
+                counts = work(chosen(part()), extra, arguments.workers, deadline, pool)
+                failed, left = failed + counts[0], left + counts[1]
     if left:
         print(f"{left} runs are left; run the same command again.")
     sys.exit(TIME_IS_UP if left else 1 if failed else 0)
