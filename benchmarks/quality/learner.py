@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from benchmarks import methods
-from benchmarks.common import NF4, checkpoint, smollm2
+from benchmarks.common import NF4, checkpoint
 from benchmarks.quality.tasks import Batch, Task
 from benchmarks.step import seconds
 from qtuning_peft.loss import IGNORE_INDEX, chunked_cross_entropy
@@ -44,6 +44,9 @@ class Learner:
         seed: Of new weights.
         epochs: With several, a side network caches the base's hidden states in the first.
         base: To train beside; else it is loaded as the method asks.
+
+    Attributes:
+        peak: Bytes of a GPU at the peak of a step, everything in the process included; 0 on a CPU.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class Learner:
         base: Any = None,
     ) -> None:
         self.method, self.task, self.rate, self.steps = method, task, rate, steps
-        self.step_number, self.clock, self.tokens = 0, 0.0, 0
+        self.step_number, self.clock, self.tokens, self.peak = 0, 0.0, 0, 0
         base = load_base(task, method.four_bit, seed) if base is None else base
         torch.manual_seed(seed)
         self.model = methods.apply(method, base, "CAUSAL_LM" if task.labels is None else "SEQ_CLS")
@@ -73,7 +76,12 @@ class Learner:
         """One step; the clock runs."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * factor(self.step_number, self.steps)
+        gpu = self.device.type == "cuda"
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
         self.clock += seconds(lambda: self._step(batch))
+        if gpu:
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
         self.step_number += 1
         self.tokens += int(batch["attention_mask"].sum()) - len(batch["labels"]) * self.task.few_shot_examples
 
@@ -105,15 +113,17 @@ class Learner:
 
 
 def load_base(task: Task, four_bit: bool, seed: int) -> Any:
-    """The base in NF4 or float32, with a new head where the task has classes."""
+    """The base in NF4 or float32, with a new head where the task has classes; it computes in float32, on a GPU too."""
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if four_bit:
+        options["quantization_config"] = BitsAndBytesConfig(**NF4)
     if task.labels is None:
-        base = smollm2(four_bit)[0]
+        base = AutoModelForCausalLM.from_pretrained(checkpoint(), **options)
     else:
         torch.manual_seed(seed)
         base = AutoModelForSequenceClassification.from_pretrained(
-            checkpoint(), dtype=torch.float32, num_labels=task.labels, pad_token_id=task.padding,
-            quantization_config=BitsAndBytesConfig(**NF4) if four_bit else None,
-        ).eval()  # fmt: skip
+            checkpoint(), num_labels=task.labels, pad_token_id=task.padding, **options
+        )
     if torch.cuda.is_available() and not four_bit:  # a quantized one is there already
         base.cuda()
-    return base
+    return base.eval()

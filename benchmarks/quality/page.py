@@ -26,11 +26,14 @@ WHAT = ["task", "rows x epochs", "method", "base", "few-shot examples", "learnin
 PEAK = "peak memory of a step, GiB"
 
 
-def runs(tested: bool) -> list[Seeds]:
-    """Rows of one task, method, rate and number of rows, a row per seed: those with a test result, or those without."""
+def runs(tested: bool, gpu: bool = False) -> list[Seeds]:
+    """Rows of one task, method, rate and number of rows, a row per seed: those with a test result, or those without.
+
+    Those of CPUs, or those of GPUs; one group never has rows of two.
+    """
     groups: dict[tuple[str, ...], Seeds] = {}
     for row in rows.read("quality"):
-        if (row["test"] is not None) == tested:
+        if (row["test"] is not None) == tested and (row["environment"]["threads"] is None) == gpu:
             names = ("task", "rows", "epochs", "method", "few_shot_examples", "options", "learning_rate")
             groups.setdefault(tuple(str(row.get(name, 0)) for name in names), []).append(row)
     return [newest(group, lambda row: row["seed"]) for _, group in sorted(groups.items(), key=lambda item: item[0][:3])]

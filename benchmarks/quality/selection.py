@@ -29,7 +29,8 @@ from benchmarks.gsm8k import encode
 from benchmarks.noise import TOGETHER, corrupted
 from benchmarks.quality.from_states import BATCH, RATE, Rows, fresh, stored
 from benchmarks.quality.learner import factor
-from benchmarks.quality.tasks import load, texts_of
+from benchmarks.quality.tasks import load
+from benchmarks.quality.texts import texts_of
 from benchmarks.step import positive
 from qtuning_peft import EUPruner, load_states
 from qtuning_peft.eu_plane.selection import KEEP, TRIM

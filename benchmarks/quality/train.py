@@ -5,7 +5,7 @@
 SmolLM2-135M-Instruct. Methods take their steps in turn. A method may have its own configuration, as in
 `side(reduction_factor=4,downsample=linear)=2e-3`, a base in float32, as in `side(four_bit=False)`, and few-shot
 examples before every row, as in `side(few_shot_examples=4)`. Rows go to `results/quality.jsonl`, each with its whole
-curve. A run whose row is there already is not repeated, so that a stopped command resumes.
+curve. A run whose row is there already, from such a machine, is not repeated, so that a stopped command resumes.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ import argparse
 import ast
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from benchmarks import methods, rows
-from benchmarks.common import smollm2_tokenizer
+from benchmarks.common import environment, smollm2_tokenizer
 from benchmarks.quality.learner import Learner
-from benchmarks.quality.tasks import TASKS, Task, load
+from benchmarks.quality.tasks import Task, load
+from benchmarks.quality.texts import TASKS
 from benchmarks.step import positive
 
 NAME = "quality"
@@ -69,32 +72,68 @@ def key(row: rows.Row) -> str:
     return json.dumps({name: row.get(name, 0) for name in names}, sort_keys=True)
 
 
-def main() -> None:
-    """Train in turn; one row each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=TASKS, required=True)
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="where the tasks' files are")
-    parser.add_argument("--methods", nargs="+", required=True, metavar="METHOD", help="NAME(FIELD=VALUE,...)=RATE")
-    parser.add_argument("--rows", type=positive, default=400, help="training rows (400)")
-    parser.add_argument("--epochs", type=float, default=1, help="how often they are read (1)")
-    parser.add_argument("--batch", type=positive, default=8, help="rows in a step (8)")
-    parser.add_argument("--evaluate-every", type=positive, metavar="STEPS", help="steps between (only at the end)")
-    parser.add_argument("--validation-rows", type=positive, default=100, help="rows of an evaluation (100)")
-    parser.add_argument("--test-rows", type=positive, metavar="ROWS", help="test rows, evaluated at the end (none)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of data order and new weights (0)")
-    arguments = parser.parse_args()
+def run_of(entrant: Entrant, seed: int, arguments: argparse.Namespace) -> rows.Row:
+    """What a run's row says before it has run."""
+    return {
+        "task": arguments.task, "model": "SmolLM2-135M-Instruct", "method": entrant.method.name,
+        "options": entrant.method.options(), "learning_rate": entrant.rate,
+        "few_shot_examples": entrant.few_shot_examples, "seed": seed, "rows": arguments.rows,
+        "epochs": arguments.epochs, "batch": arguments.batch, "validation_rows": arguments.validation_rows,
+        "test_rows": arguments.test_rows, "workers": arguments.workers,
+    }  # fmt: skip
+
+
+def is_done(run: rows.Row, workers: int) -> bool:
+    """Whether a machine like this one has measured `run`; alone, if this is to be done alone."""
+    device = environment()["device"]
+    return any(
+        key(row) == key(run)
+        and row["environment"]["device"] == device
+        and (row["test"] is not None or not run["test_rows"])
+        and (workers > 1 or row.get("workers", 1) == 1)
+        for row in rows.read(NAME)
+    )
+
+
+@cache
+def read(name: str, folder: Path | None, few_shot_examples: int, most: int) -> Task:
+    """The task, once for several runs in one process."""
+    return load(name, smollm2_tokenizer(), folder, few_shot_examples, most)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--task", choices=TASKS, required=True)
+    result.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="where the tasks' files are")
+    result.add_argument("--methods", nargs="+", required=True, metavar="METHOD", help="NAME(FIELD=VALUE,...)=RATE")
+    result.add_argument("--rows", type=positive, default=400, help="training rows (400)")
+    result.add_argument("--epochs", type=float, default=1, help="how often they are read (1)")
+    result.add_argument("--batch", type=positive, default=8, help="rows in a step (8)")
+    result.add_argument("--evaluate-every", type=positive, metavar="STEPS", help="steps between (only at the end)")
+    result.add_argument("--validation-rows", type=positive, default=100, help="rows of an evaluation (100)")
+    result.add_argument("--test-rows", type=positive, metavar="ROWS", help="test rows, evaluated at the end (none)")
+    result.add_argument("--seeds", type=int, nargs="+", default=[0], help="of data order and new weights (0)")
+    result.add_argument("--workers", type=positive, default=1, help="processes that train on this machine now (1)")
+    return result
+
+
+def main(words: list[str] | None = None) -> None:
+    """Train in turn; one row each. `words` are the command's, unless given."""
+    options = parser()
+    arguments = options.parse_args(words)
     try:
         wanted = [parse(text) for text in arguments.methods]
-        tokenizer = smollm2_tokenizer()
+        sizes = {"rows": "train", "validation_rows": "validation", "test_rows": "test"}
+        most = max(getattr(arguments, name) or 0 for name in sizes)
         numbers = {entrant.few_shot_examples for entrant in wanted}
-        tasks = {number: load(arguments.task, tokenizer, arguments.data, number) for number in numbers}
-        task = tasks[max(numbers)]
-        sizes = {"rows": task.train, "validation_rows": task.validation, "test_rows": task.test}
+        tasks = {number: read(arguments.task, arguments.data, number, most) for number in numbers}
         for name, part in sizes.items():
-            if (getattr(arguments, name) or 0) > len(part):
-                raise ValueError(f"{name} is {getattr(arguments, name)}; {arguments.task} has {len(part)} of them.")
+            found = len(getattr(tasks[max(numbers)], part))
+            if (getattr(arguments, name) or 0) > found:
+                raise ValueError(f"{name} is {getattr(arguments, name)}; {arguments.task} has {found} of them.")
     except ValueError as error:
-        parser.error(str(error))
+        options.error(str(error))
 
     for seed in arguments.seeds:
         train(tasks, wanted, seed, arguments)
@@ -107,18 +146,8 @@ def train(tasks: dict[int, Task], wanted: list[Entrant], seed: int, arguments: a
         number: task.epochs(arguments.rows, arguments.batch, arguments.epochs, seed) for number, task in tasks.items()
     }
     steps = len(next(iter(batches.values())))
-    runs = [
-        {
-            "task": arguments.task, "model": "SmolLM2-135M-Instruct", "method": entrant.method.name,
-            "options": entrant.method.options(), "learning_rate": entrant.rate,
-            "few_shot_examples": entrant.few_shot_examples, "seed": seed, "rows": arguments.rows,
-            "epochs": arguments.epochs, "batch": arguments.batch, "steps": steps,
-            "validation_rows": arguments.validation_rows, "test_rows": arguments.test_rows,
-        }
-        for entrant in wanted
-    ]  # fmt: skip
-    done = {key(row) for row in rows.read(NAME) if row["test"] is not None or not arguments.test_rows}
-    left = [(run, entrant) for run, entrant in zip(runs, wanted, strict=True) if key(run) not in done]
+    runs = [(run_of(entrant, seed, arguments), entrant) for entrant in wanted]
+    left = [(run | {"steps": steps}, entrant) for run, entrant in runs if not is_done(run, arguments.workers)]
     if not left:
         return
     learners = [
@@ -151,9 +180,20 @@ def train(tasks: dict[int, Task], wanted: list[Entrant], seed: int, arguments: a
             NAME,
             {
                 **run, "trained_parameters": trained, "tokens": learner.tokens, "seconds": learner.clock,
-                "curve": curve, "validation": curve[-1][-1], "test": test, **source,
+                # Several share the process, and its memory.
+                "peak_allocated": learner.peak if len(learners) == 1 and learner.peak else None,
+                "curve": curve, "validation": curve[-1][-1], "test": test,
+                "majority": majority(learner.task, arguments.test_rows), **source,
             },
         )  # fmt: skip
+
+
+def majority(task: Task, test_rows: int | None) -> float | None:
+    """Accuracy of who always names the test rows' larger class."""
+    if task.labels is None or not test_rows:
+        return None
+    counts = Counter(row["labels"] for row in task.test[:test_rows])
+    return max(counts.values()) / sum(counts.values())
 
 
 if __name__ == "__main__":
