@@ -104,7 +104,7 @@ class Texts:
     labels: int | None = None
 
 
-def load(name: str, tokenizer: Any, folder: Path | None, few_shot_examples: int = 0) -> Task:
+def load(name: str, tokenizer: Any, folder: Path | None, few_shot_examples: int = 0, most: int | None = None) -> Task:
     """The task called `name`.
 
     Args:
@@ -112,6 +112,7 @@ def load(name: str, tokenizer: Any, folder: Path | None, few_shot_examples: int 
         tokenizer: A chat model's.
         folder: Where its files are.
         few_shot_examples: Examples before every row: the last of the training rows, which short runs do not reach.
+        most: Encode no more than so many rows of each set.
 
     Raises:
         ValueError: when there is none, or its files are not in `folder`.
@@ -129,7 +130,7 @@ def load(name: str, tokenizer: Any, folder: Path | None, few_shot_examples: int 
         prompt = _prompt(shown, row["question"])
         return {"input_ids": prompt[:before] + prompt[before:][-MAX_LENGTH:], "labels": row["label"]}
 
-    parts = [[encoded(row) for row in part] for part in (texts.train, texts.validation, texts.test)]
+    parts = [[encoded(row) for row in part[:most]] for part in (texts.train, texts.validation, texts.test)]
     return Task(name, texts.labels, *parts, padding=tokenizer.pad_token_id, few_shot_examples=before)
 
 
