@@ -87,25 +87,28 @@ VARIANTS = {
     "lora": Variant("lora"),
     "read-only": Variant(),
     "linear": Variant(network=False),
-    "linear-last-12": Variant(network=False, blocks=12),
 }
-for _n in (1, 3, 6, 9, 12, 15, 18, 24, 30):
-    _variant = Variant(blocks=_n)
+for _n in range(1, 31):
     VARIANTS |= {
-        f"last-{_n}": _variant,
-        f"last-{_n}-rank-16": replace(_variant, rank=16),
-        f"last-{_n}-slow": replace(_variant, pace=0.3),
-        f"last-{_n}-fast": replace(_variant, pace=3.0),
-        f"last-{_n}-bound": replace(_variant, bound=0.1),
-        f"last-{_n}-read": replace(_variant, where="read"),
-        f"last-{_n}-refit": replace(_variant, refit_every=20),
-        f"last-{_n}-refit-10": replace(_variant, refit_every=10, keep=0.75),
-        f"last-{_n}-one-exact": replace(_variant, exact_rows=1),
-        f"last-{_n}-fit-8": replace(_variant, fit_rows=8),
-        f"last-{_n}-fit-64": replace(_variant, fit_rows=64),
-        f"constant-{_n}": replace(_variant, rank=0),
-        f"exact-{_n}": replace(_variant, feedback="exact"),
+        f"last-{_n}": Variant(blocks=_n),
+        f"constant-{_n}": Variant(blocks=_n, rank=0),
+        f"exact-{_n}": Variant(blocks=_n, feedback="exact"),
     }
+CHANGES: dict[str, dict[str, Any]] = {
+    "rank-4": {"rank": 4}, "rank-16": {"rank": 16}, "linear": {"network": False}, "read": {"where": "read"},
+    "slower": {"pace": 0.1}, "slow": {"pace": 0.3}, "fast": {"pace": 3.0}, "bound": {"bound": 0.1},
+    "refit": {"refit_every": 20}, "refit-10": {"refit_every": 10, "keep": 0.75},
+    "refit-5": {"refit_every": 5, "keep": 0.9}, "fit-8": {"fit_rows": 8}, "fit-64": {"fit_rows": 64},
+    "one-exact": {"exact_rows": 1},
+}  # fmt: skip
+
+
+def variant_of(name: str) -> Variant:
+    """The variant called `name`, as `last-12` or, with changes, `last-12+slow+refit`; a `ValueError` for any other."""
+    first, *changes = name.split("+")
+    if first not in VARIANTS or not {*changes} <= {*CHANGES}:
+        raise ValueError(f"variant is {name}; give one of {', '.join(VARIANTS)}, with any of +{', +'.join(CHANGES)}.")
+    return replace(VARIANTS[first], **{field: value for change in changes for field, value in CHANGES[change].items()})
 
 
 class Writes(nn.Module):
@@ -373,7 +376,7 @@ def planned(arguments: argparse.Namespace) -> list[rows.Row]:
     )
     return [
         {
-            "model": "SmolLM2-135M-Instruct", "task": "gsm8k", "variant": name, "options": asdict(VARIANTS[name]),
+            "model": "SmolLM2-135M-Instruct", "task": "gsm8k", "variant": name, "options": asdict(variant_of(name)),
             "learning_rate": rate, "seed": seed, "few_shot_examples": few_shot, "steps": steps,
             "rows": steps * BATCH, "batch": BATCH, "evaluated_rows": arguments.evaluated_rows,
         }
@@ -389,7 +392,7 @@ def key(row: rows.Row) -> str:
 
 def train(run: rows.Row, task: Task, base: Any) -> rows.Row:
     """What `run` gives; `base` is as it was afterwards, and LoRA is given one of its own."""
-    variant, seed, steps = VARIANTS[run["variant"]], run["seed"], run["steps"]
+    variant, seed, steps = variant_of(run["variant"]), run["seed"], run["steps"]
     batches = [task.batch(part) for part in task.epochs(run["rows"], BATCH, 1, seed)]
     parts = {"validation": task.validation, "test": task.test}
     evaluated = {name: task.evaluated(part[: run["evaluated_rows"]], BATCH) for name, part in parts.items()}
@@ -434,9 +437,7 @@ def main() -> None:
     """Run what has no row yet; one row each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="where the task's files are")
-    parser.add_argument(
-        "--variants", nargs="+", required=True, choices=VARIANTS, metavar="NAME", help=", ".join(VARIANTS)
-    )
+    parser.add_argument("--variants", nargs="+", required=True, metavar="NAME", help="as last-12 or last-12+slow+refit")
     parser.add_argument("--steps", type=positive, nargs="+", default=[10, 40, 160], help="of 8 rows (10 40 160)")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3], help="learning rates (1e-3)")
     parser.add_argument("--few-shot", type=int, nargs="+", default=[0], help="numbers of few-shot examples (0)")
@@ -447,7 +448,10 @@ def main() -> None:
     worker, workers = map(int, arguments.worker.split("/"))
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     done = {key(row) for row in rows.read(NAME) if "error" not in row}
-    left = [run for run in planned(arguments) if key(run) not in done]
+    try:
+        left = [run for run in planned(arguments) if key(run) not in done]
+    except ValueError as error:
+        parser.error(str(error))
     # Along diagonals, so that no process has the slowest variant of every group.
     mine = [run for index, run in enumerate(left) if (index + index // workers) % workers == worker]
     if not mine:
