@@ -18,6 +18,8 @@ from examples.json_extraction.smollm2 import prepare_checkpoint
 
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# On a GPU float32 multiplies in TF32, as people train there; rows say so.
+torch.set_float32_matmul_precision("high" if DEVICE == "cuda" else "highest")
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets")
 
@@ -61,6 +63,7 @@ def environment() -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if gpu else processor(),
         "threads": None if gpu else torch.get_num_threads(),
+        **({"float32_matmul": torch.get_float32_matmul_precision()} if gpu else {}),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
     }
