@@ -47,10 +47,11 @@ bench-gpu:  ## every GPU grid, nine minutes at a time (status 75 means that runs
 	$(PYTHON) -m benchmarks.generation --base llama-2-7b --four-bit --device cuda
 	$(PYTHON) -m benchmarks.page
 
-bench-docs:  ## docs/benchmarks.md, docs/quality.md and the tables of docs/models.md from the rows in benchmarks/results
+bench-docs:  ## docs/benchmarks.md, docs/quality.md and the tables of docs/models.md and docs/pruning.md from the rows
 	$(PYTHON) -m benchmarks.page
 	$(PYTHON) -m benchmarks.quality.page
 	$(PYTHON) -m benchmarks.models_page
+	$(PYTHON) -m benchmarks.pruning_page
 
 DATA ?= data
 

@@ -6,7 +6,7 @@ Rows of GSM8K, Dolly, Alpaca and WikiText-2 (the second half of a passage after 
 20 % of them at a time, and once in four ways together; solutions of GSM8K come labelled right and wrong. For every
 score: AUC, the chance that a bad row scores higher than a good one, in % (50 is chance). For every kind: the size of
 the noise quadrant at a sample ratio of 1/2, and the share of bad rows in it, beside the same number of rows taken by
-each single score. Scoring is resumable; `results/noise.jsonl` gets a row per kind.
+each single score. Scoring is resumable; `results/noise.jsonl` gets a row per kind, `docs/pruning.md` the tables.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ import numpy as np
 from datasets import Dataset
 
 from benchmarks import rows
-from benchmarks.common import HERE, environment, read_data, smollm2
-from benchmarks.document import markdown
+from benchmarks.common import HERE, read_data, smollm2
 from benchmarks.gsm8k import read_rows
 from qtuning_peft.eu_plane import EUPruner, score
 
@@ -120,7 +119,7 @@ def rows_of_kind(source: str, kind: str, good: Dataset, bad: Dataset) -> dict[st
 
 
 def main() -> None:
-    """Score, and write results and tables."""
+    """Score, and write results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="of alpaca_2k and wikitext2_test")
     folder = parser.parse_args().data
@@ -147,29 +146,10 @@ def main() -> None:
     )
     results.append(rows_of_kind("GSM8K solutions", "wrong", right, wrong))
 
-    origin = {"model": "SmolLM2-135M-Instruct, NF4", "environment": environment()}
+    origin = {"model": "SmolLM2-135M-Instruct, NF4"} | rows.provenance()
     rows.replace("noise", [row | origin for row in results])
-    print(tables(results))
-
-
-def tables(results: list[dict[str, Any]]) -> str:
-    """Both tables, in Markdown."""
-    head = ["rows", "what is wrong"]
-    auc_rows = [[r["source"], r["kind"], *(f"{100 * r['auc'][s]:.0f}" for s in SCORES)] for r in results]
-    precision_rows = [
-        [r["source"], r["kind"], r["noise_size"], f"{100 * r['bad'] / (r['bad'] + r['good']):.0f}",
-         f"{100 * r['noise_precision']:.0f}", *(f"{100 * r['precision'][s]:.0f}" for s in SCORES)]
-        for r in results
-    ]  # fmt: skip
-    names = [{"supervised_tokens": "length"}.get(name, name) for name in SCORES]
-    return "\n\n".join(
-        [
-            "AUC, %",
-            markdown([*head, *names], auc_rows),
-            "Share of bad rows, %: in the noise quadrant, and in as many rows with the highest score",
-            markdown([*head, "noise quadrant, rows", "bad overall", "noise quadrant", *names], precision_rows),
-        ]
-    )
+    for row in results:
+        print(f"{row['source']}, {row['kind']}: " + ", ".join(f"{n} {100 * v:.0f}" for n, v in row["auc"].items()))
 
 
 if __name__ == "__main__":

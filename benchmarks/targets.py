@@ -48,7 +48,7 @@ def step_seconds(row: Row) -> float:
 
 def steps_of(base: str, batch: int, length: int) -> list[Row]:
     """Rows of this size that did not run out of memory, oldest first."""
-    size = {"base": base, "batch": batch, "length": length, "out_of_memory": False}
+    size = {"base": base, "batch": batch, "length": length, "supervised": 1.0, "out_of_memory": False}
     return [row for row in rows.read("steps") if all(row[name] == size[name] for name in size)]
 
 
@@ -90,14 +90,16 @@ def decoding() -> Values:
         yield from ((name, found[-1]["speed_of_base"][name]) for name in ("side", "lora"))
 
 
-SEVEN, CPU = ("llama-2-7b", 16, 512), ("smollm2-135m", 4, 256)
+GPU, CPU = ("llama-3-8b", 16, 512), ("smollm2-135m", 4, 256)
 TARGETS = (
     Target("saved for backward, Llama-3-8B, 1000 bytes per token", 60, saved),
-    Target("peak memory over QLoRA's, Llama-2-7B, 16 x 512", 0.25, against("qlora", peak, *SEVEN)),
-    Target("the same, QLoRA with checkpointing", 0.70, against("qlora-checkpointed", peak, *SEVEN)),
-    Target("step over QLoRA's, Llama-2-7B, 16 x 512", 0.50, against("qlora", step_seconds, *SEVEN)),
-    Target("the same, QLoRA with checkpointing", 0.35, against("qlora-checkpointed", step_seconds, *SEVEN)),
-    Target("step over the base's own forward, Llama-3-8B, 1 x 8192", 1.20, over_forward("llama-3-8b", 1, 8192)),
+    Target("peak memory over QLoRA's, Llama-3-8B, 16 x 512", 0.25, against("qlora", peak, *GPU)),
+    Target("the same, QLoRA with checkpointing", 0.70, against("qlora-checkpointed", peak, *GPU)),
+    Target("the same, QLoRA with checkpoints on the host", 1, against("qlora-offloaded", peak, *GPU)),
+    Target("step over QLoRA's, Llama-3-8B, 16 x 512", 0.50, against("qlora", step_seconds, *GPU)),
+    Target("the same, QLoRA with checkpointing", 0.35, against("qlora-checkpointed", step_seconds, *GPU)),
+    Target("the same, QLoRA with checkpoints on the host", 0.35, against("qlora-offloaded", step_seconds, *GPU)),
+    Target("step over the base's own forward, Llama-3-8B, 16 x 512", 1.20, over_forward(*GPU)),
     Target("step over LoRA's, SmolLM2-135M on a CPU, 4 x 256", 0.40, against("lora", step_seconds, *CPU)),
     Target("step over checkpointed QLoRA's, the same", 0.35, against("qlora-checkpointed", step_seconds, *CPU)),
     Target("peak memory over QLoRA's, the same", 0.60, against("qlora", peak, *CPU)),

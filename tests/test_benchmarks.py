@@ -16,7 +16,7 @@ import torch
 REPOSITORY = Path(__file__).parent.parent
 if not (REPOSITORY / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not installed with the package", allow_module_level=True)
-from benchmarks import bases, document, grid, methods, models_page, page, rows, saved_for_backward, step  # noqa: E402
+from benchmarks import bases, document, grid, methods, models_page, page, pruning_page, rows, saved_for_backward, step  # noqa: E402
 from benchmarks.quality import page as quality_page  # noqa: E402
 
 
@@ -162,7 +162,9 @@ def labels(svg: Path) -> list[str]:
     return re.findall(r"<!-- (.*?) -->", svg.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("pages", [page, quality_page, models_page], ids=["benchmarks", "quality", "models"])
+@pytest.mark.parametrize(
+    "pages", [page, quality_page, models_page, pruning_page], ids=["benchmarks", "quality", "models", "pruning"]
+)
 def test_the_committed_page_is_what_the_committed_rows_give(
     pages: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,7 +175,7 @@ def test_the_committed_page_is_what_the_committed_rows_give(
     assert marks == pages.TABLES.keys() - {"tiny"}
     assert document.filled(text, tmp_path, pages.TABLES) == text, "run make bench-docs"
     drawn = sorted(file.name for file in tmp_path.iterdir())
-    assert drawn == sorted(set(re.findall(r"\]\(images/(\S+)\)", text)))
+    assert drawn == sorted(set(re.findall(r"\]\(images/(\S+\.svg)\)", text)))
     for name in drawn:
         assert labels(tmp_path / name) == labels(pages.DOCUMENT.parent / "images" / name), "run make bench-docs"
 

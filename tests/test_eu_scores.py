@@ -173,7 +173,7 @@ def test_noise_is_what_the_prompt_does_not_explain_and_what_repeats() -> None:
         answer = row[3:]
         alone = by_definition(model, answer, [-100, *answer[1:]])[0].mean()
         given = by_definition(model, row, [-100] * 4 + answer[1:])[0].mean()
-        assert scored["noise"][index] == pytest.approx(given / alone + scored["repetition"][index], abs=1e-9)
+        assert scored["noise"][index] == pytest.approx(given**2 / alone + 5 * scored["repetition"][index], abs=1e-9)
         assert alone_too["noise"][index] == scored["noise"][index]
     assert min(scored["repetition"][:2]) > 0
 

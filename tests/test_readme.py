@@ -133,13 +133,12 @@ def test_relative_links_and_the_files_in_commands_exist(page: Path) -> None:
         assert f"\n{target}:" in (ROOT / "Makefile").read_text(), target
 
 
-@pytest.mark.parametrize("heading", ["## Results", "## When memory is short"])
-def test_every_number_of_its_tables_stands_in_a_table_of_a_page(heading: str) -> None:
-    section = README.partition(heading)[2].partition("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("|")][2:]
+def test_every_number_of_its_results_stands_in_a_table_of_a_page() -> None:
+    section = README.partition("## Results")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if re.match(r"\| [^|-]", line)]
     # Losses, seconds and GiB with their decimals, and whole numbers of the last column.
     claimed = re.findall(r"\d+\.\d+|\d+(?= s )|(?<=\| )\d+(?= \|)", "\n".join(rows))
-    assert len(claimed) >= 6
+    assert len(claimed) >= 20
     measured = " ".join(line for page in ("quality", "benchmarks") for line in tables(ROOT / "docs" / f"{page}.md"))
     numbers = {float(number) for number in re.findall(r"\d+\.\d+|\d+", measured)}
     for text in claimed:

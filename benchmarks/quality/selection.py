@@ -89,7 +89,8 @@ def learn(model: Any, found: Rows, chosen: dict[int, Tensor], seed: int) -> None
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = RATE * factor(step, STEPS)
-        parts = [(*found.rows[index], chosen[index]) for index in order[step::STEPS]]
+        places = order[step::STEPS] or [order[step % len(order)]]  # fewer rows than steps
+        parts = [(*found.rows[index], chosen[index]) for index in places]
         states = torch.cat([states[:, kept] for states, _, kept in parts], dim=1)
         labels = torch.cat([torch.tensor([-100], device=DEVICE), *(labels[kept] for _, labels, kept in parts)])
         model(states=states, labels=labels, state_layers=found.layers).loss.backward()
