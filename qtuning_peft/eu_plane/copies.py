@@ -6,12 +6,15 @@ Rows that answer different questions alike, as those of a classification do, are
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from .table import Data, names_of, plain, require, supervised
+from ..loss import IGNORE_INDEX
+from .table import Data, names_of, plain, require
 from .tokens import checked
 
 
@@ -62,11 +65,14 @@ def keys_of(data: Data, tokenizer: Any) -> np.ndarray:
 
 def _key(input_ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> int:
     if tokenizer is None:
-        parts = [np.asarray(values, np.int64).tobytes() for values in (input_ids, labels)]
+        said = [np.asarray(values, np.int64).tobytes() for values in (input_ids, labels)]
     else:
-        texts = (tokenizer.decode(checked(t), skip_special_tokens=True) for t in (input_ids, supervised(labels)))
-        parts = [" ".join(text.split()).casefold().encode("utf-8", "replace") for text in texts]
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "big") + part)
-    return int.from_bytes(digest.digest(), "big")
+        supervised = np.asarray(labels) != IGNORE_INDEX
+        # Nothing predicts the first token, so that it never is; it belongs to what follows.
+        supervised[:1] = supervised[1:2]
+        said = []
+        for answer, run in groupby(zip(supervised.tolist(), checked(input_ids), strict=True), itemgetter(0)):
+            text = tokenizer.decode([token for _, token in run], skip_special_tokens=True)
+            if words := " ".join(text.casefold().split()):
+                said.append(f"{answer:d} {words}".encode("utf-8", "replace"))
+    return int.from_bytes(hashlib.blake2b(b"\0".join(said), digest_size=8).digest(), "big")

@@ -16,7 +16,7 @@ import numpy as np
 from ..atomic import replacing
 from .pruner import EUPruner
 from .quadrants import CALIBRATION, MIDDLE, MISCONCEPTION, NOISE, REDUNDANT, Thresholds
-from .selection import DEGENERATE, DROPPED, KEPT, NOISY, SAMPLE_STRATEGIES, TOPPED_UP, UNSCORED
+from .selection import DEGENERATE, DROPPED, DUPLICATE, KEPT, NOISY, SAMPLE_STRATEGIES, TOPPED_UP, UNSCORED
 from .strategies import EUPlane
 from .table import Data, names_of, numbers, rank_correlation, require
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 # Of Okabe and Ito's palette, which colour-blind readers tell apart; what is dropped as known is grey.
 COLOURS = {
     NOISE: "#d55e00", MISCONCEPTION: "#0072b2", REDUNDANT: "#8c8c8c", CALIBRATION: "#009e73",
-    TOPPED_UP: "#e69f00", MIDDLE: "#c8ccd0", KEPT: "#0072b2", DROPPED: "#8c8c8c", DEGENERATE: "#cc79a7",
-    NOISY: "#f0e442", UNSCORED: "#bdbdbd",
+    TOPPED_UP: "#e69f00", MIDDLE: "#c8ccd0", KEPT: "#0072b2", DROPPED: "#8c8c8c", DUPLICATE: "#56b4e9",
+    DEGENERATE: "#cc79a7", NOISY: "#f0e442", UNSCORED: "#bdbdbd",
 }  # fmt: skip
 INK = "#24292f"
 STYLE: dict[Any, Any] = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK) | {
