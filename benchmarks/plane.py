@@ -1,16 +1,16 @@
-"""The picture of the plane in the documents: GSM8K rows, a quarter of them spoilt, and half of all kept.
+"""The picture of the plane in the documents: GSM8K rows, a quarter of them spoilt, and what is kept of them.
 
     python -m benchmarks.plane
 
-96 rows, scored by SmolLM2-135M-Instruct in float32; 32 more whose answers belong to other questions, are shuffled,
-have typos or loop, eight of each. Draws `docs/images/eu-plane.png`, where a cross marks a spoilt row, and prints how
-many of them are in each quadrant. Scoring goes on where it was interrupted.
+72 rows, and 24 more whose answers belong to other questions, are shuffled, have typos or loop, six of each, scored by
+SmolLM2-135M-Instruct in float32. A quarter of all is kept, once by Algorithm 1 alone and once with the noisiest quarter
+dropped first (`drop_noise`). Draws the second as `docs/images/eu-plane.png`, where a cross marks a spoilt row, and
+prints how many of them are in each quadrant of both. Scoring goes on where it was interrupted.
 """
 
 from __future__ import annotations
 
 import random
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,9 @@ from benchmarks.noise import TOGETHER, corrupted
 from qtuning_peft import EUPruner, score
 from qtuning_peft.eu_plane.plot import INK, plot_plane
 
-GOOD, SPOILT, RATIO = 96, 32, 0.5
+GOOD, SPOILT, RATIO = 72, 24, 0.25
 PICTURE = HERE.parent / "docs" / "images" / "eu-plane.png"
+TITLE = "GSM8K under SmolLM2-135M, a quarter of it spoilt (x)"
 
 
 def some_spoilt() -> list[dict[str, Any]]:
@@ -41,22 +42,25 @@ def some_spoilt() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Score, draw, and print a table."""
+    """Score, draw, and print two tables."""
     model, tokenizer = smollm2(quantized=False)
-    options = {"resume_dir": HERE / "results" / "parts", "rows_per_part": 32}
+    options = {"resume_dir": HERE / "results" / "parts", "rows_per_part": 32, "scores": ("noise",)}
     scored = score(Dataset.from_list(some_spoilt()), model, tokenizer, **options)
-    pruner = EUPruner(sample_ratio=RATIO).fit(scored)
-    title = "GSM8K under SmolLM2-135M, half of the rows kept (x: spoilt answers)"
-    figure, spoilt = plot_plane(scored, pruner, title=title), np.array(scored["spoilt"][:]) != ""
+    kinds = np.array(scored["spoilt"][:])
+    for share in (0.0, SPOILT / (GOOD + SPOILT)):
+        pruner = EUPruner(sample_ratio=RATIO, drop_noise=share).fit(scored)
+        quadrants = pruner.quadrants(scored)
+        assert pruner.pruned is not None
+        lines = [
+            [name, count, *(int(((quadrants == name) & (kinds == kind)).sum()) for kind in TOGETHER)]
+            for name, count in pruner.pruned.counts.items()
+        ]
+        print(f"drop_noise {share:g}", markdown(["quadrant", "rows", *TOGETHER], lines), sep="\n\n", end="\n\n")
+    figure = plot_plane(scored, pruner, title=TITLE)
     plane = next(axes for axes in figure.axes if axes.get_xlabel())
-    x, y = (np.array(scored[name][:])[spoilt] for name in ("uncertainty", "error"))
+    x, y = (np.array(scored[name][:])[kinds != ""] for name in ("uncertainty", "error"))
     plane.scatter(x, y, s=14, marker="x", color=INK, linewidths=0.9)
     figure.savefig(PICTURE)
-    quadrants = pruner.quadrants(scored)
-    rows, spoilt_rows = Counter(quadrants.tolist()), Counter(quadrants[spoilt].tolist())
-    kinds = {name: Counter(k for k, q in zip(scored["spoilt"], quadrants, strict=True) if q == name) for name in rows}
-    lines = [[name, n, spoilt_rows[name], *(kinds[name][kind] for kind in TOGETHER)] for name, n in rows.items()]
-    print(markdown(["quadrant", "rows", "spoilt", *TOGETHER], lines))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from test_eu_pruner import scored_data
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qtuning_peft import EUPruner, EUScorer, prune, score
+from qtuning_peft import EUPruner, EUScorer, SideTuningConfig, compute_states, load_states, prune, prune_states, score
 from qtuning_peft.eu_plane.files import read_data, write_data
 from qtuning_peft.eu_plane.training import for_batches
 
@@ -301,3 +301,14 @@ def test_copies_go_from_every_entry(said: Dataset, tmp_path: Path, checkpoint: P
     assert kept["n"][:] == expected
     assert "4 duplicate" in words
     assert kept.column_names == rows_of_trainer.column_names
+
+
+def test_copies_go_from_stored_states(said: Dataset, tmp_path: Path) -> None:
+    texts, states = said.select_columns(["n", "input_ids", "labels"]), tmp_path / "states"
+    compute_states(texts, tiny(vocab_size=257), None, SideTuningConfig(reduction_factor=4), states, progress=False)
+    pruner = EUPruner(num_samples=7, deduplicate=True, tokenizer=byte_tokenizer())
+    prune_states(states, pruner, tmp_path / "view")
+    whole, view = load_states(states), load_states(tmp_path / "view")
+    expected = [i for i in range(len(said)) if i not in COPIES]
+    assert view["input_ids"][:] == [texts["input_ids"][i] for i in expected]
+    assert view["states"][:] == [whole["states"][i] for i in expected]

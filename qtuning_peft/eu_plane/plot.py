@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 COLOURS = {
     NOISE: "#d55e00", MISCONCEPTION: "#0072b2", REDUNDANT: "#8c8c8c", CALIBRATION: "#009e73",
     TOPPED_UP: "#e69f00", MIDDLE: "#c8ccd0", KEPT: "#0072b2", DROPPED: "#8c8c8c", DUPLICATE: "#56b4e9",
-    DEGENERATE: "#cc79a7", NOISY: "#f0e442", UNSCORED: "#bdbdbd",
+    DEGENERATE: "#cc79a7", NOISY: "#882255", UNSCORED: "#bdbdbd",
 }  # fmt: skip
 INK, PAPER, BEFORE = "#24292f", "#ffffff", "#e3e6e9"
 STYLE: dict[Any, Any] = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK) | {
@@ -38,7 +38,8 @@ STYLE: dict[Any, Any] = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xti
 }  # fmt: skip
 # What is hard and uncertain need not be noise.
 LABELS = {NOISE: "noise (hard and uncertain)"}
-FATES = {NOISE: "dropped", MISCONCEPTION: "kept", REDUNDANT: "dropped", CALIBRATION: "kept whole"}
+EITHER = "dropped, or topped up"
+FATES = {NOISE: EITHER, MISCONCEPTION: "kept", REDUNDANT: EITHER, CALIBRATION: "kept whole"}
 # Which error and which uncertainty are theirs.
 CORNERS = {
     NOISE: ("high", "high"), MISCONCEPTION: ("high", "low"), REDUNDANT: ("low", "low"), CALIBRATION: ("low", "high")
@@ -199,7 +200,7 @@ def _names(axes: Axes) -> None:
 
     for name, (error, uncertainty) in CORNERS.items():
         style: dict[str, Any] = {"ha": "right" if uncertainty == "high" else "left", "color": COLOURS[name],
-                                 "transform": axes.transAxes, "va": "center",
+                                 "transform": axes.transAxes, "va": "center", "zorder": 0.5,
                                  "path_effects": [withStroke(linewidth=3, foreground=PAPER)]}  # fmt: skip
         across, up = 0.985 if uncertainty == "high" else 0.015, 0.945 if error == "high" else 0.085
         axes.text(across, up, LABELS.get(name, name), weight="bold", fontsize=10, **style)
