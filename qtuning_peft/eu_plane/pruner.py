@@ -224,7 +224,7 @@ class EUPruner:
         return Budget(self.num_tokens or 0, rows["supervised_tokens"].to_numpy(), rows["trimmed"].to_numpy())
 
     def _summary(self, rows: pd.DataFrame, quadrants: np.ndarray) -> Pruned:
-        found, scored = Counter(quadrants.tolist()), rows[~(rows["unscored"] | rows["duplicate"])]
+        found, scored = Counter(quadrants.tolist()), rows[~rows["unscored"]]
         names = SAMPLE_STRATEGIES[self.strategy].quadrants
         kept, target = int(np.isin(quadrants, KEEP).sum()), self._target(len(rows))
         notes, unscored = [], np.flatnonzero(rows["unscored"])
@@ -235,7 +235,8 @@ class EUPruner:
             few = (choosable := len(rows) - sum(found[name] for name in ASIDE)) < target
             cause = f"only {choosable} can be kept" if few else "samples with equal scores are kept together"
             notes.append(f"{kept} samples are kept instead of {target}: {cause}.")
-        if copies := int(scored[["error", "uncertainty", "supervised_tokens"]].round(6).duplicated().sum()):
+        others = scored.loc[~scored["duplicate"], ["error", "uncertainty", "supervised_tokens"]]
+        if copies := int(others.round(6).duplicated().sum()):
             advice = "deduplicate keeps the first of each"
             notes.append(f"{copies} of {len(rows)} rows score exactly as another one, as copies do; {advice}.")
         counts = {name: found[name] for name in (*names, *ASIDE) if name in names or found[name]}
