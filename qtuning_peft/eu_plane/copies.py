@@ -59,8 +59,8 @@ def keys_of(data: Data, tokenizer: Any) -> np.ndarray:
     With a tokenizer of its text, whitespace and case apart and without special tokens; else of its tokens.
     """
     require(columns := ("input_ids", "labels"), names_of(data))
-    rows = zip(*(plain(data[name][:]) for name in columns), strict=True)
-    return np.array([_key(input_ids, labels, tokenizer) for input_ids, labels in rows], np.uint64)
+    rows = zip(*(data[name] for name in columns), strict=True)
+    return np.array([_key(plain(input_ids), plain(labels), tokenizer) for input_ids, labels in rows], np.uint64)
 
 
 def _key(input_ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> int:
