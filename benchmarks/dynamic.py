@@ -1,6 +1,7 @@
 """What pruning every mini-batch costs: a training step with it beside the same step without.
 
-    python -m benchmarks.dynamic
+    python -m benchmarks.dynamic                       both adapters
+    python -m benchmarks.dynamic --adapters LoRA       one; the other's rows stay
 
 Steps of a side network and of LoRA on one batch of GSM8K rows, the 8 shortest of 64, of which the answers are
 supervised, beside SmolLM2-135M in float32. Pruned and unpruned steps run in turn; figures are means over the rounds,
@@ -11,6 +12,7 @@ each.
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import time
 from statistics import mean
@@ -37,6 +39,9 @@ ADAPTERS: dict[str, Any] = {
 
 def main() -> None:
     """Measure, and write results and a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, default=[*ADAPTERS], metavar="ADAPTER")
+    adapters = parser.parse_args().adapters
     tokenizer = smollm2_tokenizer()
     encoder = RowEncoder(tokenizer)
     encoded = [
@@ -46,17 +51,16 @@ def main() -> None:
     batch = dict(
         DataCollatorForSeq2Seq(tokenizer)([{"input_ids": row.input_ids, "labels": row.labels} for row in encoded])
     )
-    results: list[rows.Row] = []
-    for name in ADAPTERS:
-        results += measured(name, batch)
-        rows.replace("dynamic", results)
+    for name in adapters:
+        others = [row for row in rows.read("dynamic") if row["adapter"] != name]
+        rows.replace("dynamic", others + measured(name, batch))
     header = ["adapter", "samples kept", "tokens kept", "CPU seconds a step", "of an unpruned step"]
     lines = [
         [
             row["adapter"], f"{row['kept_samples']:.0%}", f"{row['kept_tokens']:.0%}", f"{row['seconds']:.2f}",
             f"{row['ratio']:.2f}",
         ]
-        for row in results
+        for row in rows.read("dynamic")
     ]  # fmt: skip
     print(markdown(header, lines))
 

@@ -95,7 +95,8 @@ def prune_before_training(
         raise ValueError(f"eu_pruning keeps none of {len(dataset)} samples; raise its budget.")
     others = [name for name in dataset.column_names if name not in rows.column_names]
     joined = concatenate_datasets([scored, dataset.select_columns(others)], axis=1) if others else scored
-    kept = joined.map(pruner, batched=True, keep_in_memory=True, load_from_cache_file=False, desc="Pruning")
+    options = {"keep_in_memory": True, "load_from_cache_file": False, "desc": "Pruning"}
+    kept = joined.map(pruner, batched=True, with_indices=True, **options)
     return kept.select_columns(dataset.column_names), str(pruned)
 
 

@@ -76,6 +76,29 @@ def check(rows: Rows, expected: dict[int, str], pruner: EUPruner, result: Rows) 
         assert list(found) == labels
 
 
+def test_a_thousand_random_batches_keep_the_rows_of_algorithm_1() -> None:
+    """Of 2 to 64 rows, correlated as errors and uncertainties are, two in three with ties in one score or in both."""
+    draw, equal_pairs, topped_up = np.random.default_rng(2509), 0, 0
+    for case in range(1000):
+        count, correlation = int(draw.integers(2, 65)), float(draw.choice([-0.5, 0.0, 0.6, 0.8, 0.95]))
+        first = draw.normal(size=count)
+        scores = np.exp([first, correlation * first + math.sqrt(1 - correlation**2) * draw.normal(size=count)])
+        if case % 3:
+            # Few values, and rows that are there twice.
+            scores = np.round(scores, 1)[:, draw.integers(0, count, count)]
+        error, uncertainty = scores.round(9).tolist()
+        rows = {"error": error, "uncertainty": uncertainty, "supervised_tokens": [3] * count}
+        ratio = float(draw.choice(RATIOS))
+        expected = keep_samples(error, uncertainty, ratio)
+        names = EUPruner(sample_ratio=ratio, per_batch=True).quadrants(rows)
+        assert roles(names) == expected, f"batch {case}"
+        assert len(expected) == share(count, ratio)
+        equal_pairs += len({*zip(error, uncertainty, strict=True)}) < count
+        topped_up += "top-up" in expected.values()
+    assert equal_pairs > 600
+    assert topped_up > 600
+
+
 @settings(max_examples=int(os.environ.get("FUZZ_CASES", "100")), deadline=None)
 @given(
     pairs=st.lists(

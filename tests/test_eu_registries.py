@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,33 @@ def test_a_score_is_computed_for_the_strategies_that_read_it() -> None:
     for row, index in zip(kept, best, strict=True):
         np.testing.assert_allclose(np.sort(row["token_margin"]), np.sort(scored["token_margin"][index])[-5:], atol=1e-6)
     assert "margin: log-probability of the likeliest token" in shown("score")
+
+
+def test_few_shot_gain_as_the_documents_write_it() -> None:
+    """The difference of two losses that the model gives itself, with the examples before the row and without."""
+    text = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (snippet,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "few_shot_gain" in block)
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+
+    @sample_strategy("gains", "few_shot_gain")
+    def gains(rows: Any, options: EUPruner) -> Any:
+        """Highest few-shot gain."""
+        return rows["few_shot_gain"]
+
+    draw, model = np.random.default_rng(0), tiny().double()
+    data = Dataset.from_dict({"input_ids": [draw.integers(3, 100, n).tolist() for n in (9, 4, 12, 7)]})
+    data = data.map(lambda row: {"labels": [-100, -100, *row["input_ids"][2:]]})
+
+    def loss(before: list[int], row: dict[str, Any]) -> float:
+        tokens, labels = torch.tensor([before + row["input_ids"]]), torch.tensor([[-100] * len(before) + row["labels"]])
+        with torch.no_grad():
+            return float(model(input_ids=tokens, labels=labels).loss)
+
+    expected = [loss([], row) - loss(names["EXAMPLES"], row) for row in data]
+    kept = prune(data, model, strategy="gains", num_samples=2, scoring={"progress": False})
+    assert kept["input_ids"][:] == [data[int(i)]["input_ids"] for i in sorted(np.argsort(expected)[-2:])]
+    np.testing.assert_allclose(np.sort(kept["few_shot_gain"]), np.sort(expected)[-2:], atol=1e-6)
 
 
 def test_names_that_are_taken_or_unknown_are_refused() -> None:

@@ -329,13 +329,21 @@ def test_points_thresholds_and_legend_are_the_pruners() -> None:
     scored = data(unscored=(3,))
     pruner = fitted(scored)
     figure = plot_plane(scored, pruner)
-    (points,) = plane(figure).collections
-    shown = [i for i in range(40) if i != 3]
-    expected = np.array([scored["uncertainty"][:], scored["error"][:]]).T[shown]
-    np.testing.assert_allclose(points.get_offsets(), expected)
-    quadrants = pruner.quadrants(scored)[shown]
-    colours = [tuple(colour) for colour in points.get_facecolors()]
-    assert len({*zip(quadrants, colours, strict=True)}) == len({*quadrants}) == len({*colours}) == 6
+    places, quadrants = np.array([scored["uncertainty"][:], scored["error"][:]]).T, pruner.quadrants(scored)
+    points = {group.get_label(): group for group in plane(figure).collections}
+    assert {*points} == {*quadrants} - {"unscored"}
+    assert len(points) == 6
+    colours = {tuple(group.get_edgecolors()[0]) for group in points.values()}
+    for name, group in points.items():
+        np.testing.assert_allclose(group.get_offsets(), places[quadrants == name])
+        # Hollow is what is dropped.
+        kept = name in ("misconception", "calibration", "topped_up")
+        assert bool(len(group.get_facecolors())) == kept
+    faces = {tuple(group.get_facecolors()[0]) for group in points.values() if len(group.get_facecolors())}
+    assert len(faces) == 3
+    assert len(colours - faces) >= 3
+    shapes = {name: len(group.get_paths()[0].vertices) for name, group in points.items()}
+    assert shapes.pop("topped_up") not in shapes.values()
     thresholds = pruner.fitted.thresholds
     assert thresholds is not None
     lines = {tuple(line.get_xydata()[0]) for line in plane(figure).lines}
@@ -345,9 +353,47 @@ def test_points_thresholds_and_legend_are_the_pruners() -> None:
     }  # fmt: skip
     assert pruner.pruned is not None
     counts = {name: count for name, count in pruner.pruned.counts.items() if name != "unscored"}
-    assert [text.get_text() for text in figure.legends[0].texts] == [f"{name}: {n}" for name, n in counts.items()]
-    assert f"39 samples, rank correlation {pruner.pruned.correlation:.2f}" in title(figure)
+    legend = [*(f"{name}: {n}" for name, n in counts.items()), "before pruning: 39"]
+    assert [text.get_text() for text in figure.legends[0].texts] == legend
+    assert f"39 samples, 20 kept, rank correlation {pruner.pruned.correlation:.2f}" in title(figure)
     assert "1 without a score left out" in title(figure)
+
+
+def test_quadrants_are_shaded_from_their_thresholds_and_hold_their_points() -> None:
+    for settings in ({"sample_ratio": 0.5}, {"sample_ratio": 0.1}, {"num_tokens": 1}):
+        scored = data(200)
+        pruner = fitted(scored, **settings)
+        axes, quadrants = plane(plot_plane(scored, pruner)), pruner.quadrants(scored)
+        boxes = {patch.get_label(): patch.get_bbox() for patch in axes.patches}
+        assert {*boxes} == {"noise", "misconception", "redundant", "calibration"}
+        corners = pruner.fitted.thresholds.corners(np.array(scored["error"][:]), np.array(scored["uncertainty"][:]))
+        for name, box in boxes.items():
+            inside = [
+                (box.x0 < x < box.x1 or box.x1 < x < box.x0) and (box.y0 < y < box.y1 or box.y1 < y < box.y0)
+                for x, y in zip(scored["uncertainty"], scored["error"], strict=True)
+            ]
+            assert inside == (corners == name).tolist()
+        assert "topped_up" in quadrants or settings == {"num_tokens": 1}
+    assert not plane(plot_plane(scored)).patches
+    assert not plane(plot_plane(scored, EUPruner(sample_ratio=0.5, per_batch=True))).patches
+
+
+def test_what_is_kept_stands_before_what_there_was() -> None:
+    scored = data(200)
+    pruner = fitted(scored)
+    kept = np.isin(pruner.quadrants(scored), ("misconception", "calibration", "topped_up"))
+    above, right = (axes for axes in plot_plane(scored, pruner).axes if not axes.axison)
+    for axes, name, size in ((above, "uncertainty", "height"), (right, "error", "width")):
+        bars, values = axes.patches, np.array(scored[name][:])
+        counts = [getattr(bar, f"get_{size}")() for bar in bars]
+        bins = len(bars) // 4  # before, and three ways to be kept
+        assert sum(counts[:bins]) == 200
+        assert sum(counts[bins:]) == kept.sum() == 100
+        start = "y" if size == "width" else "x"
+        ends = [getattr(bar, f"get_{start}")() for bar in bars[:bins]]
+        edges = [*ends, ends[-1] + (ends[1] - ends[0])]
+        np.testing.assert_array_equal(counts[:bins], np.histogram(values, edges)[0])
+        np.testing.assert_array_equal(np.reshape(counts[bins:], (3, bins)).sum(0), np.histogram(values[kept], edges)[0])
 
 
 def test_without_a_pruner_there_is_one_colour() -> None:

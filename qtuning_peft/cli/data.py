@@ -166,7 +166,7 @@ def prune(
     rows = rows.remove_columns([name for name in STATES if name in rows.column_names])
     pruner.fit(rows)
     with alone_with(output):
-        write_data(rows.map(pruner, batched=True, keep_in_memory=True), output, overwrite)
+        write_data(rows.map(pruner, batched=True, with_indices=True, keep_in_memory=True), output, overwrite)
     console.print(f"{pruner.pruned}: {output}", highlight=False)
 
 

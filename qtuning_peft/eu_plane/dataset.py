@@ -27,6 +27,7 @@ from ..processes import SharedWork
 from .engine import Engine
 from .pruner import EUPruner
 from .scorer import EUScorer, refuse_own
+from .table import check_whole
 
 logger = logging.getLogger(__name__)
 CHECKSUM_BYTES, CHUNK_BYTES = 16, 2**22
@@ -55,6 +56,8 @@ def score(
         raise ValueError(f"rows_per_part is {rows_per_part}; choose at least 1.")
     scorer = EUScorer(model, tokenizer, **settings)
     if isinstance(dataset, (IterableDataset, IterableDatasetDict)):
+        if resume_dir is not None:
+            raise ValueError(f"resume_dir is {resume_dir}, but streamed data is not kept; leave it out.")
         return dataset.map(scorer, batched=True, batch_size=rows_per_part)
     work = work or SharedWork(shared=False)
     refuse_shards(scorer.engines, work)
@@ -80,17 +83,14 @@ def prune(
     Returns:
         The kept rows, with `input_ids` and `labels` that any trainer takes.
     """
-    if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
-        raise ValueError("prune takes one split, as only training data is pruned; pass dataset['train'].")
     pruner = EUPruner(tokenizer=tokenizer, **pruning)
-    if isinstance(dataset, IterableDataset) and not pruner.per_batch:
-        raise ValueError("The data is streamed, so thresholds for all of it cannot be found; set per_batch to True.")
+    check_whole(dataset, streamed=pruner.per_batch)
     scoring = dict(scoring or {})
     scoring["scores"] = (*pruner.scores, *scoring.get("scores", ()))
     scored = score(dataset, model, tokenizer, **scoring)
     if not pruner.per_batch:
         pruner.fit(scored)
-    return scored.map(pruner, batched=True)
+    return scored.map(pruner, batched=True, with_indices=True)
 
 
 def _score(
@@ -108,7 +108,9 @@ def _score(
         scores = concatenate_datasets([_required(file) for file in files])
     others = [name for name in dataset.column_names if name not in scores.column_names]
     scored = concatenate_datasets([dataset.select_columns(others), scores], axis=1) if others else scores
-    return scored.with_format(look["type"], **look["format_kwargs"])
+    # As map does: what is shown stays shown, and new columns are.
+    shown = [name for name in scored.column_names if name in look["columns"] or name not in dataset.column_names]
+    return scored.with_format(look["type"], shown, look["output_all_columns"], **look["format_kwargs"])
 
 
 def refuse_shards(engines: Sequence[Engine], work: SharedWork) -> None:

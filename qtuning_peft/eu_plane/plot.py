@@ -1,6 +1,8 @@
 """A picture of the Error-Uncertainty plane: the samples, their quadrants, the thresholds between them.
 
-Few samples are drawn as points, many as a density, so that a million rows take seconds and stay readable.
+Few samples are drawn as points, many as a density, so that a million rows take seconds and stay readable. Filled points
+are kept, hollow ones are not, and diamonds have been added to meet the budget. At the edges, what was there before is
+grey, and what is kept of it stands in front, in colour.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import numpy as np
 from ..atomic import replacing
 from .pruner import EUPruner
 from .quadrants import CALIBRATION, MIDDLE, MISCONCEPTION, NOISE, REDUNDANT, Thresholds
-from .selection import DEGENERATE, DROPPED, KEPT, NOISY, SAMPLE_STRATEGIES, TOPPED_UP, UNSCORED
+from .selection import DEGENERATE, DROPPED, DUPLICATE, KEEP, KEPT, NOISY, SAMPLE_STRATEGIES, TOPPED_UP, UNSCORED
 from .strategies import EUPlane
 from .table import Data, names_of, numbers, rank_correlation, require
 
@@ -27,17 +29,21 @@ if TYPE_CHECKING:
 # Of Okabe and Ito's palette, which colour-blind readers tell apart; what is dropped as known is grey.
 COLOURS = {
     NOISE: "#d55e00", MISCONCEPTION: "#0072b2", REDUNDANT: "#8c8c8c", CALIBRATION: "#009e73",
-    TOPPED_UP: "#e69f00", MIDDLE: "#c8ccd0", KEPT: "#0072b2", DROPPED: "#8c8c8c", DEGENERATE: "#cc79a7",
-    NOISY: "#f0e442", UNSCORED: "#bdbdbd",
+    TOPPED_UP: "#e69f00", MIDDLE: "#c8ccd0", KEPT: "#0072b2", DROPPED: "#8c8c8c", DUPLICATE: "#56b4e9",
+    DEGENERATE: "#cc79a7", NOISY: "#882255", UNSCORED: "#bdbdbd",
 }  # fmt: skip
-INK = "#24292f"
+INK, PAPER, BEFORE = "#24292f", "#ffffff", "#e3e6e9"
 STYLE: dict[Any, Any] = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK) | {
     "axes.spines.top": False, "axes.spines.right": False
 }  # fmt: skip
 # What is hard and uncertain need not be noise.
 LABELS = {NOISE: "noise (hard and uncertain)"}
-# Between the names of the thresholds, which stand at the edges.
-CORNERS = {NOISE: (0.99, 0.96), MISCONCEPTION: (0.01, 0.96), REDUNDANT: (0.01, 0.04), CALIBRATION: (0.99, 0.04)}
+EITHER = "dropped, or topped up"
+FATES = {NOISE: EITHER, MISCONCEPTION: "kept", REDUNDANT: EITHER, CALIBRATION: "kept whole"}
+# Which error and which uncertainty are theirs.
+CORNERS = {
+    NOISE: ("high", "high"), MISCONCEPTION: ("high", "low"), REDUNDANT: ("low", "low"), CALIBRATION: ("low", "high")
+}  # fmt: skip
 FORMATS = (".png", ".svg", ".pdf")
 MOST_POINTS = 20_000
 
@@ -49,7 +55,7 @@ def plot_plane(
     path: str | os.PathLike[str] | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Draw error over uncertainty, with the distribution of both.
+    """Draw error over uncertainty, with the distribution of both, before and after pruning.
 
     Args:
         scored: Data with the columns that `EUScorer` adds. Rows without a score are left out.
@@ -65,6 +71,7 @@ def plot_plane(
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
+        from matplotlib.patches import Patch
     except ImportError as error:
         raise ImportError("Drawing the plane needs matplotlib: pip install 'qtuning-peft[plot]'.") from error
 
@@ -74,14 +81,15 @@ def plot_plane(
     if not shown.any():
         raise ValueError(f"None of the {len(shown)} rows has a score; there is nothing to draw.")
     x, y = x[shown], y[shown]
-    groups: dict[str, np.ndarray] = {MISCONCEPTION: np.ones(len(x), bool)}
+    # Without a pruner, all that there is.
+    groups: dict[str, np.ndarray] = {KEPT: np.ones(len(x), bool)}
     if pruner is not None:
         quadrants = pruner.quadrants(scored)[shown]
         expected = SAMPLE_STRATEGIES[pruner.strategy].quadrants
         groups = {name: quadrants == name for name in COLOURS if name in expected or name in quadrants}
 
     with rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 6.6), dpi=150, layout="constrained", facecolor="white")
+        figure = Figure(figsize=(7.2, 6.8), dpi=150, layout="constrained", facecolor=PAPER)
         FigureCanvasAgg(figure)
         grid = figure.add_gridspec(2, 2, width_ratios=(6, 1), height_ratios=(1, 6), wspace=0.02, hspace=0.02)
         plane = figure.add_subplot(grid[1, 0])
@@ -92,41 +100,46 @@ def plot_plane(
         ylabel="error (mean negative log-likelihood, nats per token)",
     )  # fmt: skip
     if len(x) <= MOST_POINTS:
-        colours = np.select([*groups.values()], [COLOURS[name] for name in groups], "")
-        size, alpha = (24, 0.85) if len(x) <= 500 else (12, 0.6) if len(x) <= 5000 else (6, 0.4)
-        plane.scatter(x, y, s=size, c=colours, alpha=alpha, linewidths=0, rasterized=len(x) > 2000)
+        size, alpha = (26, 0.9) if len(x) <= 500 else (12, 0.6) if len(x) <= 5000 else (6, 0.4)
+        for name, members in groups.items():
+            look: dict[str, Any] = {"alpha": alpha, "rasterized": len(x) > 2000, "label": name}
+            plane.scatter(x[members], y[members], s=size, **_marker(name), **look)
     else:
         plane.imshow(_density(x, y, groups, view), origin="lower", extent=(*view[0], *view[1]), aspect="auto")
 
-    bars: dict[str, Any] = {"stacked": True, "color": [COLOURS[name] for name in groups], "linewidth": 0}
-    bars["bins"] = int(np.clip(2 * np.sqrt(len(x)), 12, 60))
-    for axes, values, limits, direction in (
-        (above, x, view[0], {}),
-        (right, y, view[1], {"orientation": "horizontal"}),
-    ):
-        axes.hist([values[members] for members in groups.values()], range=limits, **bars | direction)
+    after = {name: members for name, members in groups.items() if name in KEEP}
+    bars: dict[str, Any] = {"linewidth": 0, "bins": int(np.clip(2 * np.sqrt(len(x)), 12, 60))}
+    for axes, values, limits, direction in ((above, x, view[0], "vertical"), (right, y, view[1], "horizontal")):
+        bars |= {"range": limits, "orientation": direction}
+        axes.hist(values, color=BEFORE, **bars)
+        kept = [values[members] for members in after.values()]
+        axes.hist(kept, stacked=True, color=[COLOURS[name] for name in after], **bars)
         axes.axis("off")
 
     if pruner is not None:
         if not pruner.per_batch and isinstance(pruner.fitted, EUPlane):
+            _shade(plane, pruner.fitted.thresholds, view)
             _lines(plane, pruner.fitted.thresholds)
         if NOISE in groups:
-            for name, (across, up) in CORNERS.items():
-                align = {"ha": "right" if across > 0.5 else "left", "va": "top" if up > 0.5 else "bottom"}
-                style: dict[str, Any] = {"color": COLOURS[name], "weight": "bold", "fontsize": 9} | align
-                plane.text(across, up, LABELS.get(name, name), transform=plane.transAxes, **style)
-        names = {group: f"{group}: {int(members.sum()):,}" for group, members in groups.items()}
-        dot: dict[str, Any] = {"marker": "o", "linestyle": ""}
-        handles = [Line2D([], [], color=COLOURS[group], label=name, **dot) for group, name in names.items()]
-        figure.legend(handles=handles, loc="outside lower center", ncols=6 if sum(map(len, names.values())) < 66 else 3,
-                      frameon=False, labelcolor=INK, handletextpad=0.1, columnspacing=1.4, fontsize=9)  # fmt: skip
+            _names(plane)
+        handles: list[Any] = []
+        for group, members in groups.items():
+            look = _marker(group)
+            look = {"marker": look["marker"], "markerfacecolor": look["facecolors"], "linestyle": "", "markersize": 6,
+                    "markeredgecolor": look["edgecolors"], "markeredgewidth": look["linewidths"]}  # fmt: skip
+            handles.append(Line2D([], [], label=f"{group}: {int(members.sum()):,}", **look))
+        handles.append(Patch(color=BEFORE, label=f"before pruning: {len(x):,}"))
+        style: dict[str, Any] = {"frameon": False, "labelcolor": INK, "handletextpad": 0.4, "columnspacing": 1.6}
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9, **style)
 
     outside = int(((x < view[0][0]) | (x > view[0][1]) | (y < view[1][0]) | (y > view[1][1])).sum())
     correlation = rank_correlation(y, x)
     found = "undefined" if np.isnan(correlation) else f"{correlation:.2f}"
     omitted = {"outside of the view": outside, "without a score left out": int((~shown).sum())}
     second = ", ".join(f"{count:,} {why}" for why, count in omitted.items() if count)
-    first = f"{len(x):,} sample{'s' * (len(x) != 1)}, rank correlation {found}"
+    total = sum(int(members.sum()) for members in after.values())
+    counted = f", {total:,} kept" if pruner is not None else ""
+    first = f"{len(x):,} sample{'s' * (len(x) != 1)}{counted}, rank correlation {found}"
     above.set_title(f"{first}\n{second}".rstrip(), loc="left", fontsize=10, color=INK)
     if title:
         # Data sets' names may have dollar signs, which are no formulas.
@@ -158,6 +171,40 @@ def _density(x: np.ndarray, y: np.ndarray, groups: Mapping[str, np.ndarray], vie
     colour = counts @ np.array([to_rgb(COLOURS[name]) for name in groups]) / np.maximum(total, 1)
     opacity = np.where(total > 0, 0.2 + 0.8 * np.log1p(total) / np.log1p(max(total.max(), 1)), 0)
     return np.minimum(np.concatenate([colour, opacity], axis=-1), 1)
+
+
+def _marker(name: str) -> dict[str, Any]:
+    """How the points of a group look: filled if they are kept, hollow if not, diamonds if added to meet the budget."""
+    look: dict[str, Any] = {"marker": "o", "facecolors": COLOURS[name], "edgecolors": PAPER, "linewidths": 0.5}
+    if name == TOPPED_UP:
+        return look | {"marker": "D", "edgecolors": INK, "linewidths": 0.7}
+    return look if name in KEEP else look | {"facecolors": "none", "edgecolors": COLOURS[name], "linewidths": 1.2}
+
+
+def _shade(axes: Axes, thresholds: Thresholds, view: Any) -> None:
+    """The quadrants, from the thresholds to the ends of the view, in their colours."""
+    from matplotlib.patches import Rectangle
+
+    (left, right), (bottom, top) = view
+    for name, (error, uncertainty) in CORNERS.items():
+        up = np.clip(getattr(thresholds, f"error_{error}"), bottom, top)
+        across = np.clip(getattr(thresholds, f"uncertainty_{uncertainty}"), left, right)
+        width, height = (right if uncertainty == "high" else left) - across, (top if error == "high" else bottom) - up
+        look: dict[str, Any] = {"color": COLOURS[name], "alpha": 0.08, "linewidth": 0, "zorder": 0, "label": name}
+        axes.add_patch(Rectangle((across, up), width, height, **look))
+
+
+def _names(axes: Axes) -> None:
+    """Name and fate of every quadrant in its corner, between the names of the thresholds, which stand at the edges."""
+    from matplotlib.patheffects import withStroke
+
+    for name, (error, uncertainty) in CORNERS.items():
+        style: dict[str, Any] = {"ha": "right" if uncertainty == "high" else "left", "color": COLOURS[name],
+                                 "transform": axes.transAxes, "va": "center", "zorder": 0.5,
+                                 "path_effects": [withStroke(linewidth=3, foreground=PAPER)]}  # fmt: skip
+        across, up = 0.985 if uncertainty == "high" else 0.015, 0.945 if error == "high" else 0.085
+        axes.text(across, up, LABELS.get(name, name), weight="bold", fontsize=10, **style)
+        axes.text(across, up - 0.035, FATES[name], fontsize=9, **style)
 
 
 def _lines(axes: Axes, thresholds: Thresholds) -> None:

@@ -17,10 +17,12 @@ import pandas as pd
 
 from ..loss import IGNORE_INDEX
 from ..registry import option
+from .copies import Copies
 from .scores import SCORES, scores_of, token_columns
 from .selection import (
     ASIDE,
     DEGENERATE,
+    DUPLICATE,
     KEEP,
     NOISY,
     SAMPLE_STRATEGIES,
@@ -30,7 +32,7 @@ from .selection import (
     Pruned,
     SampleStrategy,
 )
-from .table import Data, columns_of, mismatch, names_of, rank_correlation, read_table, require, supervised
+from .table import Data, check_whole, columns_of, mismatch, names_of, rank_correlation, read_table, require, supervised
 from .tokens import TOKEN_STRATEGIES, keep_lowest, protected_tokens, share_of
 
 
@@ -66,6 +68,11 @@ class EUPruner:
     protect: str | Sequence[str] = option(
         (), "Regular expressions for text that is never trimmed, such as '####.*'; needs the tokenizer."
     )
+    deduplicate: bool = option(
+        False,
+        "Drop rows with the same prompt and answer as an earlier one, before anything else, as duplicate; given the "
+        "tokenizer, whitespace and case do not count. In Python, map then needs with_indices=True.",
+    )
     max_repetition: float | None = option(
         None, "Drop rows more of whose 4-grams are repeated than this, 0 to 1, before anything else, as degenerate."
     )
@@ -80,6 +87,7 @@ class EUPruner:
     pruned: Pruned | None = field(default=None, init=False, repr=False)
     _fitted: SampleStrategy | None = field(default=None, init=False, repr=False)
     _noise_limit: float | None = field(default=None, init=False, repr=False)
+    _copies: Copies | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for names, right, choose in (
@@ -96,6 +104,8 @@ class EUPruner:
         if len(budgets) != 1:
             given = " and ".join(budgets) + " are" if budgets else "No budget is"
             raise ValueError(f"{given} given; give exactly one of sample_ratio, num_samples and num_tokens.")
+        if self.deduplicate and self.per_batch:
+            raise ValueError("deduplicate and per_batch are True, but batches do not see each other; leave one out.")
         SAMPLE_STRATEGIES.check(self.strategy)
         TOKEN_STRATEGIES.check(self.token_strategy)
         self.protect = (self.protect,) if isinstance(self.protect, str) else tuple(self.protect)
@@ -122,15 +132,13 @@ class EUPruner:
 
     def fit(self, scored: Data) -> "EUPruner":
         """Find what divides the kept from the dropped in all of `scored`, which has the columns of `EUScorer`."""
-        if getattr(scored, "column_names", None) and not hasattr(scored, "__len__"):
-            raise ValueError(
-                "The data is streamed, so thresholds for all of it cannot be found; set per_batch to True."
-            )
+        check_whole(scored)
         scored = scored.with_format(None) if hasattr(scored, "with_format") else scored
         self._noise_limit = None
+        self._copies = Copies.among(scored, self.tokenizer) if self.deduplicate else None
         rows = self._table(scored)
         if rows["aside"].all():
-            raise ValueError(f"None of the {len(rows)} rows can be kept: all are without a score, degenerate or noisy.")
+            raise ValueError(f"None of the {len(rows)} rows can be kept: each is one of {', '.join(ASIDE)}.")
         self._noise_limit = self._limit(rows)
         rows["trimmed"] = self._trimmed(scored, rows)
         self._fitted, _ = self._fit(rows)
@@ -139,26 +147,32 @@ class EUPruner:
             warnings.warn(note, stacklevel=2)
         return self
 
-    def quadrants(self, rows: Data) -> np.ndarray:
-        """What becomes of every row, (rows,): its quadrant, or `kept` or `dropped` with another strategy."""
-        table = self._table(rows)
+    def quadrants(self, rows: Data, indices: Sequence[int] | None = None) -> np.ndarray:
+        """What becomes of every row, (rows,): its quadrant, or `kept` or `dropped` with another strategy.
+
+        `indices` number `rows` in the data that `fit` has seen; `deduplicate` needs them if these are not all.
+        """
+        table = self._table(rows, indices)
         if not self.per_batch:
             return self._label(table, self.fitted)
         if self.num_tokens is not None:
             table["trimmed"] = self._trimmed(rows, table)
         return self._fit(table)[1]
 
-    def _table(self, data: Data) -> pd.DataFrame:
+    def _table(self, data: Data, indices: Sequence[int] | None = None) -> pd.DataFrame:
         """The columns that decide, and `aside`: names for rows that are not chosen from, empty for the others."""
         needed = {"error", "uncertainty", "supervised_tokens", *SAMPLE_STRATEGIES[self.strategy].columns}
         needed |= {"repetition"} if self.max_repetition is not None else set()
         rows = read_table(data, needed | ({"noise"} if self.drop_noise else set()))
         repeats = self.max_repetition is not None and rows["repetition"] > self.max_repetition
+        none = np.zeros(len(rows), bool)
+        rows["duplicate"] = none if self._copies is None else self._copies.of(data, self.tokenizer, indices)
         limit = self._limit(rows) if self.per_batch or self._noise_limit is None else self._noise_limit
         aside = {
             UNSCORED: rows["unscored"],
+            DUPLICATE: rows["duplicate"],
             DEGENERATE: np.broadcast_to(repeats, len(rows)),
-            NOISY: rows["noise"] > limit if self.drop_noise else np.zeros(len(rows), bool),
+            NOISY: rows["noise"] > limit if self.drop_noise else none,
         }
         rows["aside"] = np.select([*aside.values()], [*aside], "")
         return rows
@@ -167,7 +181,7 @@ class EUPruner:
         """The noise above which rows are dropped. Rows without a number are not; of equal ones, none is."""
         if not self.drop_noise:
             return np.inf
-        noise = rows["noise"][~rows["unscored"]].dropna().sort_values(ascending=False)
+        noise = rows["noise"][~(rows["unscored"] | rows["duplicate"])].dropna().sort_values(ascending=False)
         return float(noise.iloc[int(self.drop_noise * len(noise))]) if len(noise) else np.inf
 
     def _fit(self, rows: pd.DataFrame) -> tuple[SampleStrategy, np.ndarray]:
@@ -221,11 +235,14 @@ class EUPruner:
             few = (choosable := len(rows) - sum(found[name] for name in ASIDE)) < target
             cause = f"only {choosable} can be kept" if few else "samples with equal scores are kept together"
             notes.append(f"{kept} samples are kept instead of {target}: {cause}.")
-        if copies := int(scored[["error", "uncertainty", "supervised_tokens"]].round(6).duplicated().sum()):
-            advice = "remove copies before scoring if they should not count twice"
+        others = scored.loc[~scored["duplicate"], ["error", "uncertainty", "supervised_tokens"]]
+        if copies := int(others.round(6).duplicated().sum()):
+            advice = "deduplicate keeps the first of each"
             notes.append(f"{copies} of {len(rows)} rows score exactly as another one, as copies do; {advice}.")
+        counts = {name: found[name] for name in (*names, *ASIDE) if name in names or found[name]}
         return Pruned(
-            counts={name: found[name] for name in (*names, *ASIDE) if name in names or found[name]},
+            counts=counts,
+            token_counts={name: int(rows["supervised_tokens"][quadrants == name].sum()) for name in counts},
             kept_samples=kept, kept_tokens=int(self._in_tokens(rows).spent(quadrants)),
             samples=len(rows), tokens=int(rows["supervised_tokens"].sum()),
             correlation=rank_correlation(scored["error"], scored["uncertainty"]),
@@ -236,7 +253,7 @@ class EUPruner:
         """Prune a batch of scored rows: the same columns and `quadrant`, kept rows alone, their `labels` trimmed.
 
         Where tokens are trimmed, `trimmed_tokens` says how many of a row, as its text does not.
-        `indices` are those of `map(..., with_indices=True)`, and not needed.
+        `indices` are those of `map(..., with_indices=True)`, which `deduplicate` needs.
         """
         columns = columns_of(rows)
         known = {*ASIDE, *(name for strategy in SAMPLE_STRATEGIES.values() for name in strategy.quadrants)}
@@ -245,7 +262,7 @@ class EUPruner:
         require({"input_ids", "labels", *TOKEN_STRATEGIES[self.token_strategy].columns}, columns)
         counted = ["trimmed_tokens"] if self.token_ratio < 1 else []
         result: dict[str, list[Any]] = {name: [] for name in (*columns, "quadrant", *counted)}
-        for index, quadrant in enumerate(self.quadrants(columns)):
+        for index, quadrant in enumerate(self.quadrants(columns, indices)):
             if quadrant not in KEEP and not self.keep_dropped:
                 continue
             row = {name: column[index] for name, column in columns.items()} | {"quadrant": str(quadrant)}

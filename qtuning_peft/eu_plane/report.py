@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from ..atomic import replacing
 from ..loss import IGNORE_INDEX
-from .plot import COLOURS, INK, LABELS, plot_plane
+from .plot import BEFORE, COLOURS, INK, LABELS, PAPER, plot_plane
 from .pruner import EUPruner
 from .selection import KEEP, TRIM, UNSCORED
 from .table import mismatch, numbers
@@ -108,6 +108,7 @@ def _picture(scored: Dataset, pruner: EUPruner) -> Markup:
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace(INK, "currentColor")
+    svg = svg.replace(PAPER, "var(--page)").replace(BEFORE, "var(--line)")
     label = 'role="img" aria-label="Samples by error and uncertainty, coloured by quadrant"'
     return Markup(svg.replace("<svg", f"<svg {label}", 1))
 

@@ -31,7 +31,7 @@ class Options(Protocol):
 # Beside the corners of the plane: rows that it adds to the kept corners, what other strategies say of a row, and rows
 # that no strategy judges.
 TOPPED_UP, KEPT, DROPPED = "topped_up", "kept", "dropped"
-DEGENERATE, NOISY, UNSCORED = ASIDE = "degenerate", "noisy", "unscored"
+DUPLICATE, DEGENERATE, NOISY, UNSCORED = ASIDE = "duplicate", "degenerate", "noisy", "unscored"
 KEEP = (MISCONCEPTION, CALIBRATION, TOPPED_UP, KEPT)
 TRIM = (MISCONCEPTION, KEPT)
 
@@ -145,6 +145,7 @@ class Pruned:
 
     Attributes:
         counts: Rows by what becomes of them: by quadrant, or with another strategy by `kept` and `dropped`.
+        token_counts: The same in supervised tokens, before any is trimmed.
         kept_samples, target_samples: Rows kept, and the target if the budget is in samples.
         kept_tokens, target_tokens: Supervised tokens kept, and the target if the budget is in tokens.
         samples, tokens: Rows and supervised tokens there were.
@@ -153,6 +154,7 @@ class Pruned:
     """
 
     counts: dict[str, int]
+    token_counts: dict[str, int]
     kept_samples: int
     kept_tokens: int
     samples: int

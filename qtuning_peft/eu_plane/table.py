@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from ..loss import IGNORE_INDEX
 from .scores import SCORES, scores_of, token_columns
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-Data: TypeAlias = "Dataset | Mapping[str, Sequence[Any]]"
+Data: TypeAlias = Dataset | Mapping[str, Sequence[Any]]
 
 
 def names_of(data: Data) -> Collection[str]:
     """Names of the columns of `data`."""
     return getattr(data, "column_names", None) or data.keys()
+
+
+def check_whole(data: Any, streamed: bool = False) -> None:
+    """Refuse several splits, and, unless it may be `streamed`, data that nobody sees all of."""
+    if isinstance(data, (DatasetDict, IterableDatasetDict)):
+        raise ValueError("The data has several splits, and only training data is pruned; pass dataset['train'].")
+    if isinstance(data, IterableDataset) and not streamed:
+        raise ValueError("The data is streamed, so thresholds for all of it cannot be found; set per_batch to True.")
 
 
 def require(needed: Collection[str], given: Collection[str]) -> None:

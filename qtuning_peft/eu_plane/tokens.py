@@ -131,11 +131,8 @@ def pieces_of(tokenizer: Any, tokens: Sequence[int], context: int = 8) -> list[s
     Decoded with a few tokens of context, as some tokenizers lose the leading space of a token that stands alone. A
     character that is spread over several tokens belongs to the last of them.
     """
-    if unknown := [token for token in tokens if not 0 <= token < 2**32]:
-        raise ValueError(
-            f"A row has the token {unknown[0]}, which no tokenizer knows; repair its input_ids and labels."
-        )
     pieces: list[str] = []
+    checked(tokens)
     complete = 0  # tokens whose text is out
     for end in range(1, len(tokens) + 1):
         start = max(0, complete - context)
@@ -146,3 +143,12 @@ def pieces_of(tokenizer: Any, tokens: Sequence[int], context: int = 8) -> list[s
         pieces.append(text[len(tokenizer.decode(list(tokens[start:complete]))) :])
         complete = end
     return pieces
+
+
+def checked(tokens: Sequence[int]) -> Sequence[int]:
+    """`tokens`, which a tokenizer can be asked about; a `ValueError` for others."""
+    if unknown := [token for token in tokens if not 0 <= token < 2**32]:
+        raise ValueError(
+            f"A row has the token {unknown[0]}, which no tokenizer knows; repair its input_ids and labels."
+        )
+    return tokens

@@ -201,7 +201,7 @@ def for_batches(pruner: EUPruner) -> EUPruner:
     """The same pruner for mini-batches; a `ValueError` when it asks for what they cannot do."""
     if pruner.sample_ratio is None:
         raise ValueError("sample_ratio is None; budgets of mini-batches are shares of their samples.")
-    for name in ("max_repetition", "keep_dropped"):
+    for name in ("deduplicate", "max_repetition", "keep_dropped"):
         if getattr(pruner, name):
             raise ValueError(f"{name} is {getattr(pruner, name)}; it works on data sets, not on mini-batches.")
     for name in pruner.scores:

@@ -62,7 +62,8 @@ def view_rows(folder: Path, rows: Dataset) -> Dataset:
 def _pruned(rows: Dataset, pruner: EUPruner, among: Sequence[int] | None = None) -> Dataset:
     small = rows.remove_columns(list(STATES)).add_column(ROW, np.arange(len(rows)))
     small = small if among is None else small.select(among)
-    return small.map(pruner.fit(small), batched=True, keep_in_memory=True, load_from_cache_file=False, desc="Pruning")
+    options = {"keep_in_memory": True, "load_from_cache_file": False, "desc": "Pruning"}
+    return small.map(pruner.fit(small), batched=True, with_indices=True, **options)
 
 
 def _joined(rows: Dataset, small: Dataset) -> Dataset:
