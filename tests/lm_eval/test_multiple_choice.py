@@ -120,6 +120,7 @@ def by_hand(model: Any, tokenizer: Any, task: str) -> tuple[float, list[list[flo
     return right / len(likelihoods), likelihoods
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 @pytest.mark.parametrize("task", TASKS)
 def test_accuracy_is_what_an_independent_count_gives(task: str, smollm2: Path, folder: Path) -> None:
@@ -142,6 +143,7 @@ def test_accuracy_is_what_an_independent_count_gives(task: str, smollm2: Path, f
                 assert scored(model, tokenizer, folder, task)[1] == answers[None]
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 def test_the_command_of_a_copied_recipe(smollm2: Path, folder: Path) -> None:
     (folder / "mine.yaml").write_text(recipes.path("lm_eval/arc_file").read_text())
