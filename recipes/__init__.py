@@ -12,6 +12,13 @@ from typing import Any
 import yaml
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads the harness's `!function NAME` as the name."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: str(node.value))
+
+
 def folder() -> Path:
     """Where the recipes are installed."""
     return Path(str(files(__name__)))
@@ -31,7 +38,7 @@ def path(name: str) -> Path:
 
 def load(name: str) -> dict[str, Any]:
     """The settings in the recipe `name`."""
-    content: dict[str, Any] = yaml.safe_load(path(name).read_text(encoding="utf-8"))
+    content: dict[str, Any] = yaml.load(path(name).read_text(encoding="utf-8"), _Loader)
     return content
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ..eu_plane import EUPruner, EUScorer
 from . import data as commands
+from .compare import compare
 from .hub import info, pull, push
 from .recipes import app as recipes_app
 from .serve import serve
@@ -84,7 +85,7 @@ for function, options in ((commands.score, EUScorer), (states, EUScorer), (comma
 _add(commands.Command(commands.plot, EUPruner))
 _add(train, context_settings=OPEN)
 _add(serve, context_settings=OPEN)
-for command in (push, pull, info):
+for command in (compare, push, pull, info):
     _add(command)
 app.add_typer(recipes_app)
 

@@ -49,7 +49,7 @@ def _read_file(path: Path) -> Dataset:
             raise ValueError(f"{path} is no Parquet file, or a damaged one: {cause(error)}.") from error
     if suffix not in JSON_LINES:
         raise ValueError(f"{path.name} ends in {path.suffix or 'nothing'}; it must be .jsonl or .parquet, or a folder.")
-    rows = list(_json_rows(path))
+    rows = list(json_rows(path))
     # In order of appearance; a row may lack some.
     names = list(dict.fromkeys(name for row in rows for name in row))
     try:
@@ -64,7 +64,7 @@ def cause(error: Exception) -> str:
     return textwrap.shorten(lines[0].rstrip(".") if lines else type(error).__name__, 200)
 
 
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+def json_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of JSON lines, or of one array, as they are written: other readers take a string like a date for one."""
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     if content.lstrip().startswith(b"["):

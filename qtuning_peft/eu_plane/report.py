@@ -34,7 +34,7 @@ MOST_TOKENS, MOST_PROMPT = 400, 200
 SEEN_FOR_PREFIX = 1000
 # Token errors from which on the colour is one step stronger, nats.
 STEPS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-_ENVIRONMENT = Environment(loader=PackageLoader(__package__, ""), autoescape=True, keep_trailing_newline=True)
+_ENVIRONMENT = Environment(loader=PackageLoader("qtuning_peft", ""), autoescape=True, keep_trailing_newline=True)
 MEANING = {
     "noise": "high error, high uncertainty",
     "misconception": "high error, low uncertainty",
@@ -79,7 +79,7 @@ def write_report(
         chosen = members.index[spread(members["error"], examples, np.random.default_rng([seed, ordinal]))].tolist()
         cards = [_card(scored[index], index, name, tokenizer, pruner, shared) for index in chosen]
         groups.append({"name": name, "count": count, "means": [*members.mean()], "cards": cards})
-    page = _ENVIRONMENT.get_template("report.html.jinja").render(
+    page = _ENVIRONMENT.get_template("eu_plane/report.html.jinja").render(
         found=found, pruner=pruner, picture=_picture(scored, pruner), groups=groups, meaning=MEANING,
         colours=COLOURS, labels=LABELS, steps=STEPS, keep=KEEP, trim=TRIM if pruner.token_ratio < 1 else (),
     )  # fmt: skip
