@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,16 +21,18 @@ if not (REPOSITORY / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not installed with the package", allow_module_level=True)
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks import rows  # noqa: E402
+from benchmarks import document, rows  # noqa: E402
 from benchmarks.quality import ablations, page, states, targets  # noqa: E402
 from benchmarks.quality.fit import Data, Rates, fit, optimizers  # noqa: E402
 from benchmarks.quality.learner import factor  # noqa: E402
 from benchmarks.quality.muon import orthogonal  # noqa: E402
 from benchmarks.quality.networks import Network, Options, SideAttention, Whitening, sampled  # noqa: E402
 from benchmarks.quality.tasks import Task, load  # noqa: E402
+from benchmarks.quality.texts import TASKS, Texts, texts_of  # noqa: E402
 from benchmarks.quality.train import parse  # noqa: E402
 
 VOCABULARY = 96
+DATA = REPOSITORY.parent / "shared" / "data"  # whose licences do not let it be copied into the repository
 
 
 @pytest.fixture(autouse=True)
@@ -355,3 +361,114 @@ def test_a_peak_is_shown_only_beside_rows_of_what_was_measured() -> None:
     assert page.peak({**four_bit, "few_shot_examples": 4}, memory) is None
     assert page.peak({**lora, "task": "sst2"}, memory) is None
     assert page.peak({**lora, "method": "lora-r8"}, memory) is None
+
+
+def question(row: dict) -> str:
+    return row["question"]
+
+
+def problem(row: dict) -> str:
+    """Of a solved problem, without its solution."""
+    return row["question"].split("\n\n")[0]
+
+
+def written(folder: Path, name: str, found: list[dict]) -> None:
+    (folder / name).write_text("\n".join(map(json.dumps, found)))
+
+
+def sentences(name: str, folder: Path) -> Texts:
+    """The task, of sentences that are made up; some of the test set are in the training file too."""
+    pairs = [{"sentence1": f"a{n}", "sentence2": f"b{n}", "label": n % 2} for n in range(900)]
+    single = [{"sentence": f"s{n}", "label": n % 2} for n in range(900)]
+    for part, start in (("train", 0), ("test", 600)):
+        written(folder, f"mrpc_{part}.jsonl", pairs[start : start + 600 if part == "train" else None])
+    for part, start, end in (("train", 0, 650), ("dev", 640, 900)):
+        written(folder, f"cola_in_domain_{part}.jsonl", single[start:end])
+    # Of four solutions of a problem, three are right.
+    solutions = [
+        {"question": f"q{n}", "solution": f"{n}.{k}", "is_correct": k < 3} for n in range(50) for k in range(4)
+    ]
+    written(folder, "gsm8k_model_solutions.jsonl", solutions)
+    return texts_of(name, folder)
+
+
+def real(name: str, folder: Path) -> Texts:
+    if not DATA.is_dir():
+        pytest.skip(f"there is no {DATA}, the data of the quality benchmark")
+    return texts_of(name, DATA)
+
+
+@pytest.mark.parametrize("source", [sentences, real])
+@pytest.mark.parametrize(("name", "of"), [("mrpc", question), ("cola", question), ("reward", problem)])
+def test_no_question_is_in_two_sets_and_right_solutions_are_as_many_as_wrong(
+    name: str, of: Callable[[dict], str], source: Callable[[str, Path], Texts], tmp_path: Path
+) -> None:
+    texts = source(name, tmp_path)
+    parts = (texts.train, texts.validation, texts.test)
+    asked = [{of(row) for row in part} for part in parts]
+    assert all(len(questions) > 4 for questions in asked)
+    assert sum(map(len, asked)) == len(set.union(*asked))
+    assert {row["label"] for part in parts for row in part} == {0, 1}
+    if name == "reward":
+        for part in parts:
+            assert sum(row["label"] for row in part) * 2 == len(part)
+
+
+def test_extraction_s_sets_share_no_question() -> None:
+    texts = texts_of("extraction", None)
+    asked = [{question(row) for row in part} for part in (texts.train, texts.validation, texts.test)]
+    assert sum(map(len, asked)) == len(set.union(*asked))
+
+
+def test_a_missing_file_and_an_unknown_task_are_one_sentence(tmp_path: Path) -> None:
+    for name in TASKS.keys() - {"extraction"}:
+        with pytest.raises(ValueError, match=r"^data is .*, which has no .*\.jsonl; name a folder that has it\.$"):
+            texts_of(name, tmp_path)
+    with pytest.raises(ValueError, match=r"^task is nothing; choose one of gsm8k, "):
+        texts_of("nothing", tmp_path)
+
+
+def appended(name: str, start: Any) -> None:
+    start.wait(60)
+    for number in range(200):
+        rows.append("many", {"of": name, "number": number, "text": name * 3000})
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # what is forked starts no thread
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, as the imports of new processes take longer than the test")
+def test_rows_of_processes_that_append_at_the_same_time_are_all_whole() -> None:
+    fork = multiprocessing.get_context("fork")
+    start = fork.Barrier(2)
+    processes = [fork.Process(target=appended, args=(name, start)) for name in "ab"]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    found = rows.read("many")
+    for name in "ab":
+        assert [row["number"] for row in found if row["of"] == name] == list(range(200))
+    assert all(row["text"] == row["of"] * 3000 for row in found)
+
+
+def test_the_page_without_rows_says_what_to_run(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="draws: pip install matplotlib")
+    for table in page.TABLES.values():
+        assert table(tmp_path).startswith("Not measured yet. Run `python -m benchmarks.quality.")
+    assert not list(tmp_path.glob("*.svg"))
+
+
+def test_a_table_of_tasks_names_what_is_missing_and_mixes_no_devices(tmp_path: Path) -> None:
+    def measured(method: str, device: str, test: float, **row: object) -> None:
+        environment = {"device": device, "threads": None, **dict.fromkeys(document.VERSIONS, "1")}
+        (one,) = run(method, task="sst2", rows=2000, learning_rate=1e-3, test=test, majority=0.5, **row)
+        fields = {"peak_allocated": 2**30, "environment": environment, "commit": "c", "dirty": False, "date": "2026"}
+        rows.append("quality", {**one, **fields, "command": "train"})
+
+    measured("lora", "one", 0.9, seed=0)
+    measured("lora", "other", 0.7, seed=1)
+    lines = page.tasks(tmp_path).splitlines()
+    sst2 = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| sst2 | ")]
+    assert [(line[1], line[7]) for line in sst2] == [
+        ("lora", "0.9000"), ("side", "not measured"), ("lora", "0.7000"), ("side", "not measured"),
+    ]  # fmt: skip

@@ -17,7 +17,7 @@ if not (REPOSITORY / "benchmarks").is_dir():
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks import methods, rows  # noqa: E402
-from benchmarks.quality import write_back  # noqa: E402
+from benchmarks.quality import write_back_runs  # noqa: E402
 from benchmarks.quality.tasks import Task  # noqa: E402
 from benchmarks.quality.write_back import Variant, WriteBack  # noqa: E402
 
@@ -53,7 +53,7 @@ def learner(base: LlamaForCausalLM, task: Task, variant: Variant, steps: int = 2
 
 @pytest.mark.parametrize("rank", [0, 8])
 def test_fresh_writes_are_the_base(rank: int, base: LlamaForCausalLM, task: Task) -> None:
-    model = learner(base, task, Variant(blocks=3, rank=rank, bound=0.1))
+    model = learner(base, task, Variant(blocks=3, rank=rank))
     model.prepare()
     batch = task.batch(task.train[:8])
     passed = model.follow(batch)
@@ -78,9 +78,7 @@ def test_no_tensor_of_the_base_is_in_the_graph(base: LlamaForCausalLM, task: Tas
     assert all(p.grad is None for p in base.parameters())
 
 
-@pytest.mark.parametrize(
-    "variant", [Variant(blocks=3, rank=8), Variant(blocks=2, rank=8, bound=0.05), Variant(blocks=3, rank=0)]
-)
+@pytest.mark.parametrize("variant", [Variant(blocks=3, rank=8), Variant(blocks=2, rank=4), Variant(blocks=3, rank=0)])
 def test_exact_feedback_is_the_gradient_of_autograd(variant: Variant, base: LlamaForCausalLM, task: Task) -> None:
     model = learner(base.double(), task, replace(variant, network=False, feedback="exact"))
     model.prefix = None
@@ -136,11 +134,11 @@ def test_the_command_resumes_and_records_what_diverges(
     base: LlamaForCausalLM, task: Task, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("QTUNING_RESULTS", str(tmp_path))
-    monkeypatch.setattr(write_back, "smollm2_tokenizer", lambda: None)
-    monkeypatch.setattr(write_back, "load", lambda *_: task)
-    monkeypatch.setattr(write_back, "load_base", lambda *_: base)
+    monkeypatch.setattr(write_back_runs, "smollm2_tokenizer", lambda: None)
+    monkeypatch.setattr(write_back_runs, "load", lambda *_: task)
+    monkeypatch.setattr(write_back_runs, "load_base", lambda *_: base)
     names = ["read-only", "last-1", "last-3+refit-2+one-exact"]
-    monkeypatch.setitem(write_back.CHANGES, "refit-2", {"refit_every": 2})
+    monkeypatch.setitem(write_back_runs.CHANGES, "refit-2", {"refit_every": 2})
     words = [
         "",
         "--data",
@@ -157,9 +155,9 @@ def test_the_command_resumes_and_records_what_diverges(
     ]
     for worker in ("0/2", "1/2", "0/1"):
         monkeypatch.setattr(sys, "argv", [*words, "--worker", worker])
-        write_back.main()
+        write_back_runs.main()
     found = rows.read("write_back")
-    assert len(found) == len({write_back.key(row) for row in found}) == 6
+    assert len(found) == len({write_back_runs.key(row) for row in found}) == 6
     assert not [row["error"] for row in found if "error" in row]
     for row in found:
         json.dumps(row, allow_nan=False)

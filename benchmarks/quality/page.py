@@ -15,12 +15,14 @@ from benchmarks import rows
 from benchmarks.common import HERE
 from benchmarks.document import Lines, Tables, main, markdown, newest, not_measured, plot, source
 from benchmarks.methods import METHODS
-from benchmarks.quality import targets
+from benchmarks.quality import targets, write_back_page
 from benchmarks.quality.ablations import ABLATIONS
+from benchmarks.quality.grid import TASKS
 from benchmarks.quality.targets import ACCURACY, SEEDS, Seeds
 from benchmarks.rows import Row
 
 DOCUMENT = HERE.parent / "docs" / "quality.md"
+GRID = "python -m benchmarks.quality.grid rates seeds --data data"
 TRAIN, SEARCH = "python -m benchmarks.quality.train", "python -m benchmarks.quality.ablations"
 WHAT = ["task", "rows x epochs", "method", "base", "few-shot examples", "learning rate"]
 PEAK = "peak memory of a step, GiB"
@@ -35,7 +37,8 @@ def runs(tested: bool, gpu: bool = False) -> list[Seeds]:
     for row in rows.read("quality"):
         if (row["test"] is not None) == tested and (row["environment"]["threads"] is None) == gpu:
             names = ("task", "rows", "epochs", "method", "few_shot_examples", "options", "learning_rate")
-            groups.setdefault(tuple(str(row.get(name, 0)) for name in names), []).append(row)
+            group = (*(str(row.get(name, 0)) for name in names), row["environment"]["device"])
+            groups.setdefault(group, []).append(row)
     return [newest(group, lambda row: row["seed"]) for _, group in sorted(groups.items(), key=lambda item: item[0][:3])]
 
 
@@ -180,6 +183,37 @@ def ablations(images: Path) -> str:
     ])  # fmt: skip
 
 
+def tasks(images: Path) -> str:
+    """GPUs' test results of every task of `benchmarks.quality.grid`, LoRA beside side networks, a table per device."""
+    groups = [group for group in runs(tested=True, gpu=True) if not group[0].get("few_shot_examples")]
+    parts = []
+    for device in sorted({group[0]["environment"]["device"] for group in groups}):
+        here = best([group for group in groups if group[0]["environment"]["device"] == device])
+        lines: list[list[object]] = []
+        for task in TASKS:
+            for method, precision in (("lora", "float32"), ("side", "float32"), ("qlora", "NF4"), ("side", "NF4")):
+                found = [g for g in here if (g[0]["task"], g[0]["method"], base(g[0])) == (task, method, precision)]
+                lines += [task_line(group) for group in found]
+                if not found and precision == "float32":
+                    lines.append([task, method, precision, *["-"] * 3, "not measured", "not measured", "-", "-"])
+        header = ["task", "method", "base", "rows x epochs", "learning rate", "seeds", "validation", "test", "majority"]
+        verdicts = [f"{line[0]}: {line[4]}" for line in targets.of_accuracy(here)]
+        met = [f"Within 1 point of LoRA, mean of three seeds: {'; '.join(verdicts)}."] * bool(verdicts)
+        parts += [markdown([*header, "peak memory, GiB"], lines), *met, origin(here)]
+    return "\n\n".join(parts) or not_measured(GRID)
+
+
+def task_line(group: Seeds) -> list[object]:
+    """A line of `tasks`."""
+    _, amount, _, precision, _, rate = what(group[0])
+    majority, memory = group[0]["majority"], [row["peak_allocated"] for row in group if row["peak_allocated"]]
+    return [
+        group[0]["task"], group[0]["method"], precision, amount, rate, len(group),
+        spread(row["validation"] for row in group), spread(row["test"] for row in group),
+        "-" if majority is None else f"{majority:.4f}", f"{max(memory) / 2**30:.2f}" if memory else "-",
+    ]  # fmt: skip
+
+
 def target_table(images: Path) -> str:
     """The targets."""
     groups = runs(tested=True)
@@ -188,6 +222,7 @@ def target_table(images: Path) -> str:
 
 TABLES: Tables = {
     "summary": summary, "targets": target_table, "results": results, "rates": rates, "ablations": ablations,
+    "tasks": tasks, "steps": write_back_page.steps, "write-back": write_back_page.write_back,
 }  # fmt: skip
 
 
