@@ -170,7 +170,7 @@ def ifd(rows: ScoredRows) -> list[Any]:
 
 @row_score("noise")
 def noise(rows: ScoredRows) -> list[Any]:
-    """e * e / a + 5 * `repetition`: error e after the prompt, in nats, times its ratio to the error a without it.
+    """E * e / a + 5 * `repetition`: error e after the prompt, in nats, times its ratio to the error a without it.
 
     High where an answer is not one: words in the wrong order and typos raise e, answers to other questions the ratio,
     as the prompt does not make them likelier, and loops, which look perfect to any likelihood, the repetition. Takes
