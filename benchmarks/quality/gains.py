@@ -139,9 +139,9 @@ class Search:
         """Its final states (tokens, d)."""
         follower, found, result = follower_of(model), self.states[variant.differences][of], []
         assert follower is not None
-        for states, labels in found.rows:
-            padded = F.pad(labels, (1, 0), value=-100)
-            read, _ = from_parts(model, states, padded, found.layers.tolist())
+        for start in range(0, len(found.rows), BATCH):
+            batch = found.batch(range(start, min(start + BATCH, len(found.rows))))
+            read, _ = from_parts(model, batch["states"], batch["labels"], found.layers.tolist())
             result.append(read.replay(follower.host.make_listener())["last_hidden_state"].flatten(0, 1))
         return torch.cat(result)
 
@@ -218,6 +218,40 @@ class Runs:
         }
         for name, loss in losses.items():
             self.write({"variant": name, **key, "loss": loss})
+
+
+def table(images: Path) -> str:
+    """Each variant at its best rate, then the rates."""
+    found = newest(rows.read(NAME), lambda row: (row["variant"], row["epochs"], row["rate"], row["seed"]))
+    if not found:
+        return not_measured(f"python -m benchmarks.quality.{NAME}")
+    groups: dict[tuple[str, int], dict[float, list[rows.Row]]] = {}
+    for row in sorted(found, key=lambda row: (row["epochs"], row["seed"])):  # stable: variants as they were measured
+        groups.setdefault((row["variant"], row["epochs"]), {}).setdefault(row["rate"], []).append(row)
+    best = {key: min(tried.values(), key=lambda same: same[0]["loss"]["validation"]) for key, tried in groups.items()}
+    lines = []
+    for (name, epochs), same in best.items():
+        validation, test = ([row["loss"][of] for row in same] for of in ("validation", "test"))
+        default = mean(row["loss"]["test"] for row in best[DEFAULT, epochs])
+        beside = "" if name == DEFAULT else f"{mean(test) - default:+.3f}"
+        lines.append([name, epochs, f"{same[0]['rate']:g}", len(same), spread(validation), spread(test), beside])
+    rates = sorted({row["rate"] for row in found})
+    tried = [
+        [name, epochs, *(f"{by_rate[rate][0]['loss']['validation']:.3f}" if rate in by_rate else "" for rate in rates)]
+        for (name, epochs), by_rate in groups.items()
+        if len(by_rate) > 1
+    ]
+    header = ["variant", "epochs", "learning rate", "seeds", "validation", "test", "test beside default"]
+    return "\n\n".join([
+        markdown(header, lines), "Rates, validation loss of one seed:",
+        markdown(["variant", "epochs", *(f"{rate:g}" for rate in rates)], tried),
+        source(found, found[-1]["command"]),
+    ])  # fmt: skip
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def main() -> None:

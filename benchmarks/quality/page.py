@@ -15,7 +15,7 @@ from benchmarks import rows
 from benchmarks.common import HERE
 from benchmarks.document import Lines, Tables, main, markdown, newest, not_measured, plot, source
 from benchmarks.methods import METHODS
-from benchmarks.quality import targets
+from benchmarks.quality import gains, targets
 from benchmarks.quality.ablations import ABLATIONS
 from benchmarks.quality.targets import ACCURACY, SEEDS, Seeds
 from benchmarks.rows import Row
@@ -188,6 +188,7 @@ def target_table(images: Path) -> str:
 
 TABLES: Tables = {
     "summary": summary, "targets": target_table, "results": results, "rates": rates, "ablations": ablations,
+    "gains": gains.table,
 }  # fmt: skip
 
 
