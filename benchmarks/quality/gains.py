@@ -51,14 +51,15 @@ class Variant:
         rates: Learning rates to try.
         warm_up: Share of the steps.
         reduction_factor: Of the side network.
-        muon: `torch.optim.Muon` for the matrices, but for those of the output; AdamW has the rest, at the same rate.
+        muon: Rate of `torch.optim.Muon` for the matrices, but for those of the output, over that of AdamW, which has
+            the rest; 0 is AdamW alone.
         differences: Whether what a side block reads is the difference from what the one before it read.
     """
 
     rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     warm_up: float = WARM_UP
     reduction_factor: int = 4
-    muon: bool = False
+    muon: float = 0.0
     differences: bool = False
 
     def options(self) -> dict[str, Any]:
@@ -66,17 +67,18 @@ class Variant:
         return {name: value for name, value in asdict(self).items() if name != "rates"}
 
 
-DEFAULT, MUON = "default", (1e-3, 2e-3, 4e-3)
+DEFAULT = "default"
 VARIANTS = {
     DEFAULT: Variant(),
     "width d/2": Variant(reduction_factor=2),
-    "width d/8": Variant((1e-3, 2e-3, 4e-3), reduction_factor=8),
-    "no warm-up": Variant((5e-4, 1e-3), warm_up=0.0),
-    "warm-up 0.3": Variant((1e-3, 2e-3), warm_up=0.3),
+    "width d/8": Variant(reduction_factor=8),
+    "no warm-up": Variant(warm_up=0.0),
+    "warm-up 0.3": Variant(warm_up=0.3),
     "differences": Variant(differences=True),
-    "Muon": Variant(MUON, muon=True),
-    "Muon, differences": Variant(MUON, muon=True, differences=True),
-    "Muon, differences, width d/2": Variant(MUON, muon=True, differences=True, reduction_factor=2),
+    "Muon": Variant((1e-3, 2e-3, 4e-3), muon=1.0),
+    "Muon, 4 times the rate": Variant(muon=4.0),
+    "Muon, 10 times the rate": Variant(muon=10.0),
+    "Muon, 10 times the rate, differences": Variant(muon=10.0, differences=True),
 }
 AVERAGES = {"states": "average of {}, states", "probabilities": "average of {}, probabilities", "best": "best of {}"}
 
@@ -128,7 +130,8 @@ class Search:
             nn.utils.clip_grad_norm_(methods.trained(model), 1.0)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = rate * factor(step, epochs * count, variant.warm_up)
+                    times = variant.muon if isinstance(optimizer, torch.optim.Muon) else 1.0
+                    group["lr"] = times * rate * factor(step, epochs * count, variant.warm_up)
                 optimizer.step()
                 optimizer.zero_grad()
         output.weight = nn.Parameter(self.head, requires_grad=False)
@@ -159,13 +162,15 @@ def optimizers_of(model: Any, variant: Variant, rate: float) -> list[torch.optim
     matrices = {
         name
         for name, parameter in named
-        if variant.muon and parameter.dim() == 2 and not any(o in name for o in OUTPUT)
+        if variant.muon > 0 and parameter.dim() == 2 and not any(o in name for o in OUTPUT)
     }
     rest = [parameter for name, parameter in named if name not in matrices]
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=rate)]
     if matrices:
         chosen = [parameter for name, parameter in named if name in matrices]
-        found.append(torch.optim.Muon(chosen, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+        found.append(
+            torch.optim.Muon(chosen, lr=rate * variant.muon, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        )
     return found
 
 
