@@ -40,7 +40,6 @@ from qtuning_peft.side_tuning.follow.follower import follower_of
 from qtuning_peft.side_tuning.follow.replay import from_parts
 
 NAME, LIKELY, TOGETHER = "gains", 2000, 4
-OUTPUT = ("up_proj", "correction")  # what starts at zero
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,7 @@ VARIANTS = {
     "no warm-up": Variant(warm_up=0.0),
     "warm-up 0.3": Variant(warm_up=0.3),
     "differences": Variant(differences=True),
-    "Muon": Variant((1e-3, 2e-3, 4e-3), muon=1.0),
-    "Muon, 4 times the rate": Variant(muon=4.0),
+    "Muon, same rate": Variant(muon=1.0),
     "Muon, 10 times the rate": Variant(muon=10.0),
     "Muon, 10 times the rate, differences": Variant(muon=10.0, differences=True),
 }
@@ -159,11 +157,7 @@ class Search:
 def optimizers_of(model: Any, variant: Variant, rate: float) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon where the variant has it."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    matrices = {
-        name
-        for name, parameter in named
-        if variant.muon > 0 and parameter.dim() == 2 and not any(o in name for o in OUTPUT)
-    }
+    matrices = {name for name, parameter in named if variant.muon and parameter.dim() == 2 and ".mix." not in name}
     rest = [parameter for name, parameter in named if name not in matrices]
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=rate)]
     if matrices:
