@@ -78,7 +78,7 @@ VARIANTS = {
     "Muon, 10 times the rate": Variant(muon=10.0),
     "Muon, 10 times the rate, differences": Variant(muon=10.0, differences=True),
 }
-AVERAGES = {"states": "average of {}, states", "probabilities": "average of {}, probabilities", "best": "best of {}"}
+AVERAGES = [f"average of {TOGETHER}, states", f"average of {TOGETHER}, probabilities", f"best of {TOGETHER}"]
 
 
 def differences(found: Rows) -> Rows:
@@ -200,27 +200,31 @@ class Runs:
 
     def averages(self, rate: float, epochs: int, group: int) -> None:
         """Rows of the networks of seeds 4 `group` and the next three, together."""
-        names, variant = [text.format(TOGETHER) for text in AVERAGES.values()], VARIANTS[DEFAULT]
+        variant = VARIANTS[DEFAULT]
         key = {"options": variant.options(), "rate": rate, "epochs": epochs, "seed": group, **self.sets}
-        if any(row["variant"] == names[0] and all(row.get(k) == v for k, v in key.items()) for row in rows.read(NAME)):
+        if any(
+            row["variant"] == AVERAGES[0] and all(row.get(k) == v for k, v in key.items()) for row in rows.read(NAME)
+        ):
             return
         finals: dict[str, list[Tensor]] = {}
         seeds = range(TOGETHER * group, TOGETHER * (group + 1))
         found = [self(DEFAULT, rate, epochs, seed, finals)["loss"] for seed in seeds]
         each = {of: torch.stack([self.search.nats(own, of) for own in several]) for of, several in finals.items()}
         losses = {
-            names[0]: {of: self.search.nats(torch.stack(own).mean(0), of).mean().item() for of, own in finals.items()},
-            names[1]: {
+            AVERAGES[0]: {
+                of: self.search.nats(torch.stack(own).mean(0), of).mean().item() for of, own in finals.items()
+            },
+            AVERAGES[1]: {
                 of: -(-own).logsumexp(0).sub(torch.tensor(TOGETHER).log()).mean().item() for of, own in each.items()
             },
-            names[2]: min(found, key=lambda loss: loss["validation"]),
+            AVERAGES[2]: min(found, key=lambda loss: loss["validation"]),
         }
         for name, loss in losses.items():
             self.write({"variant": name, **key, "loss": loss})
 
 
 def table(images: Path) -> str:
-    """Each variant at its best rate, then the rates."""
+    """Each variant at its best rate, beside the default's test loss with the same seeds; then the rates."""
     found = newest(rows.read(NAME), lambda row: (row["variant"], row["epochs"], row["rate"], row["seed"]))
     if not found:
         return not_measured(f"python -m benchmarks.quality.{NAME}")
@@ -231,7 +235,8 @@ def table(images: Path) -> str:
     lines = []
     for (name, epochs), same in best.items():
         validation, test = ([row["loss"][of] for row in same] for of in ("validation", "test"))
-        default = mean(row["loss"]["test"] for row in best[DEFAULT, epochs])
+        seeds = {row["seed"] for row in (same if name in VARIANTS else best[DEFAULT, epochs])}
+        default = mean(row["loss"]["test"] for row in best[DEFAULT, epochs] if row["seed"] in seeds)
         beside = "" if name == DEFAULT else f"{mean(test) - default:+.3f}"
         lines.append([name, epochs, f"{same[0]['rate']:g}", len(same), spread(validation), spread(test), beside])
     rates = sorted({row["rate"] for row in found})
@@ -240,7 +245,7 @@ def table(images: Path) -> str:
         for (name, epochs), by_rate in groups.items()
         if len(by_rate) > 1
     ]
-    header = ["variant", "epochs", "learning rate", "seeds", "validation", "test", "test beside default"]
+    header = ["variant", "epochs", "learning rate", "seeds", "validation", "test", "beside default"]
     return "\n\n".join([
         markdown(header, lines), "Rates, validation loss of one seed:",
         markdown(["variant", "epochs", *(f"{rate:g}" for rate in rates)], tried),
