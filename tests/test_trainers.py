@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +113,32 @@ def test_the_trainer(options: dict[str, object], tmp_path: Path) -> None:
     saved = PeftModel.from_pretrained(tiny(), tmp_path / "checkpoint-32")
     for name, parameter in side_parameters(model).items():
         assert torch.equal(saved.get_parameter(name), parameter), name
+
+
+def test_muon_as_the_page_has_it(tmp_path: Path) -> None:
+    """The inner matrices move by Muon's steps, whose size is ten times AdamW's times 0.2, and the rest by AdamW's."""
+    torch.manual_seed(0)
+    model = get_peft_model(tiny(), SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM"))
+    before = {name: value.detach().clone() for name, value in side_parameters(model).items()}
+    page = (Path(__file__).parent.parent / "docs" / "settings.md").read_text(encoding="utf-8")
+    block = page.partition("## Muon")[2].partition("```python\n")[2].partition("```")[0]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, learning_rate=1e-3, report_to="none",
+        lr_scheduler_type="constant", use_cpu=True, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    names: dict[str, Any] = {"model": model, "arguments": arguments, "dataset": ROWS}
+    exec(block, names)
+    names["trainer"].data_collator = collate
+    names["trainer"].train()
+    moved = {
+        name: (value - before[name]).square().mean().sqrt().item() for name, value in side_parameters(model).items()
+    }
+    # In the first step the output is zero, and nothing behind it has a gradient.
+    inner = [value for name, value in moved.items() if before[name].dim() == 2 and ".mix." not in name]
+    assert inner
+    assert all(0.5 * 2e-3 < value < 1.5 * 2e-3 for value in inner)
+    assert all(0 < value < 2.1e-3 for value in moved.values())
+    assert all(parameter.grad is None for parameter in names["matrices"].values())
 
 
 def test_one_run_of_four_steps_equals_two_runs_of_two(tmp_path: Path) -> None:

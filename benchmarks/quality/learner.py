@@ -25,9 +25,9 @@ WARM_UP = 0.1
 HIDDEN_STATE_CACHE = 8 * 2**30  # bytes
 
 
-def factor(step: int, steps: int) -> float:
-    """Share of the learning rate at `step` of `steps`: up linearly for a tenth of them, then down a cosine to zero."""
-    warm = max(1, round(WARM_UP * steps))
+def factor(step: int, steps: int, warm_up: float = WARM_UP) -> float:
+    """Share of the learning rate at `step` of `steps`: up linearly for `warm_up` of them, then down a cosine to 0."""
+    warm = max(1, round(warm_up * steps))
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))

@@ -15,7 +15,7 @@ from benchmarks import rows
 from benchmarks.common import HERE
 from benchmarks.document import Lines, Tables, main, markdown, newest, not_measured, plot, source
 from benchmarks.methods import METHODS
-from benchmarks.quality import targets, write_back_page
+from benchmarks.quality import gains, targets, write_back_page
 from benchmarks.quality.ablations import ABLATIONS
 from benchmarks.quality.grid import TASKS
 from benchmarks.quality.targets import ACCURACY, SEEDS, Seeds
@@ -222,7 +222,7 @@ def target_table(images: Path) -> str:
 
 TABLES: Tables = {
     "summary": summary, "targets": target_table, "results": results, "rates": rates, "ablations": ablations,
-    "tasks": tasks, "steps": write_back_page.steps, "write-back": write_back_page.write_back,
+    "tasks": tasks, "steps": write_back_page.steps, "write-back": write_back_page.write_back, "gains": gains.table,
 }  # fmt: skip
 
 
