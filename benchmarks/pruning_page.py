@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks import rows
 from benchmarks.common import HERE
 from benchmarks.document import Tables, main, markdown, not_measured, source
+from benchmarks.page import by_machine
 
 DOCUMENT = HERE.parent / "docs" / "pruning.md"
 NAMES = {"supervised_tokens": "length"}
@@ -51,8 +52,12 @@ def selection(_: Path) -> str:
     found = rows.read("selection")
     if not found:
         return not_measured(SELECTION)
-    settings = sorted({(row["spoilt"], row["sample_ratio"]) for row in found}, key=lambda pair: (-pair[1], pair[0]))
-    return "\n\n".join([*(_selection(found, *setting) for setting in settings), source(found, SELECTION)])
+    parts = []
+    for mine in by_machine(found):
+        pairs = {(row["spoilt"], row["sample_ratio"]) for row in mine}
+        parts += [_selection(mine, *pair) for pair in sorted(pairs, key=lambda pair: (-pair[1], pair[0]))]
+        parts.append(source(mine, SELECTION))
+    return "\n\n".join(parts)
 
 
 def _selection(found: list[rows.Row], spoilt: float, samples: float) -> str:
