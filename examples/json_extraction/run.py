@@ -72,10 +72,11 @@ def run_demo(output_dir: Path, seed: int | None = None) -> DemoResult:
 
     rows = draw_rows("train", recipe["train"]["rows"], seed)
     corrupted = corrupt(rows, recipe["train"]["corrupted"], seed)
+    pruner = EUPruner(tokenizer=tokenizer, seed=seed, **recipe["eu_pruning"])
     start = time.perf_counter()
-    scored = score_data(Dataset.from_list(rows), base, tokenizer)
+    scored = score_data(Dataset.from_list(rows), base, tokenizer, scores=pruner.scores)
     score_seconds = time.perf_counter() - start
-    pruner = EUPruner(tokenizer=tokenizer, seed=seed, **recipe["eu_pruning"]).fit(scored)
+    pruner.fit(scored)
     assert pruner.pruned is not None
     report = write_report(scored, tokenizer, pruner, output_dir / "report.html", seed=seed)
 
