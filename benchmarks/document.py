@@ -10,6 +10,7 @@ import argparse
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.rows import Row
@@ -45,6 +46,11 @@ def source(found: Iterable[Row], command: str) -> str:
     versions = [f"{name} {'/'.join(sorted({row['environment'][name] for row in found}))}" for name in VERSIONS]
     day = max(row["date"] for row in found)[:10]
     return f"(`{command}`; {machine['device']}{threads}; {', '.join(versions)}; commit {', '.join(commits)}; {day}.)"
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation, of several runs."""
+    return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
 def not_measured(command: str) -> str:

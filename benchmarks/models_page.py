@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import median
 
 from benchmarks import families, rows
 from benchmarks.common import HERE
-from benchmarks.document import Tables, main, markdown, newest, not_measured, source
+from benchmarks.document import Tables, main, markdown, newest, not_measured, source, spread
 from benchmarks.quantizers import QUANTIZERS
 from benchmarks.rows import Row
 
@@ -83,11 +83,6 @@ def speed(runs: list[Row]) -> str:
     """Of a forward, over float32's; rows from a machine that others used have none."""
     found = [run["speed"] for run in runs if run["speed"] is not None]
     return f"{median(found):.2f}" if found else "-"
-
-
-def spread(losses: list[float]) -> str:
-    """Mean and standard deviation, of several runs."""
-    return f"{mean(losses):.3f} ± {stdev(losses):.3f}" if len(losses) > 1 else f"{losses[0]:.3f}"
 
 
 TABLES: Tables = {

@@ -6,12 +6,12 @@ python -m benchmarks.pruning_page
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from benchmarks import rows
 from benchmarks.common import HERE
-from benchmarks.document import Tables, main, markdown, not_measured, source
+from benchmarks.document import Tables, main, markdown, not_measured, source, spread
 from benchmarks.page import by_machine
 
 DOCUMENT = HERE.parent / "docs" / "pruning.md"
@@ -69,7 +69,7 @@ def _selection(found: list[rows.Row], spoilt: float, samples: float) -> str:
     lines: list[list[Any]] = [
         [
             name, len(runs), *(round(mean(run[part] for run in runs)) for part in counts),
-            _spread([run["loss"] for run in runs]), *(f"{mean(run[part] for run in runs):.3f}" for part in parts),
+            spread([run["loss"] for run in runs]), *(f"{mean(run[part] for run in runs):.3f}" for part in parts),
         ]
         for name, runs in sorted(groups.items(), key=lambda item: mean(run["loss"] for run in item[1]))
     ]  # fmt: skip
@@ -78,10 +78,6 @@ def _selection(found: list[rows.Row], spoilt: float, samples: float) -> str:
     head = ["strategy", "seeds", "samples", "of them spoilt", "loss", "easiest 80 %", "hardest 20 %", "accuracy",
             "Dolly, loss", "Dolly, accuracy"]  # fmt: skip
     return f"{spoilt:.0%} of the rows spoilt, budget {samples:.1%} of the samples:\n\n{markdown(head, lines)}"
-
-
-def _spread(values: list[float]) -> str:
-    return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
 TABLES: Tables = {"auc": auc, "precision": precision, "selection": selection}

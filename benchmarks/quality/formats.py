@@ -44,7 +44,7 @@ def main() -> None:
             "train": task.train[: arguments.rows], "validation": task.validation[:32], "test": task.test[:60]
         }.items()
     }  # fmt: skip
-    parts = {part: Rows(folder) for part, folder in folders.items()}
+    parts = {part: Rows.of(folder) for part, folder in folders.items()}
     formats = dict(FORMATS.items())
     first = torch.cat([states for states, _ in parts["train"].rows[:FIRST]], dim=1)
     for channels in arguments.channels:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from benchmarks import methods, rows
 from benchmarks.common import DEVICE
 from benchmarks.quality.learner import factor
 from qtuning_peft import SideTuningConfig, StatesCollator, compute_states, load_states, model_from_states
+from qtuning_peft.side_tuning.follow.follower import follower_of
+from qtuning_peft.side_tuning.follow.replay import from_parts
 from qtuning_peft.states.format import Format
 
 RATE, BATCH = 1e-3, 8
@@ -30,16 +33,25 @@ def stored(name: str, found: Sequence[dict[str, Any]], load: Callable[[], Any], 
     return folder
 
 
+@dataclass
 class Rows:
-    """States (N + 2, tokens, d) and labels of stored rows, and batches of them as `StatesCollator` makes them."""
+    """States (N + 2, tokens, d) and labels of stored rows, and batches of them as `StatesCollator` makes them.
 
-    def __init__(self, folder: Path) -> None:
+    Attributes:
+        layers: Which blocks' states there are, (N,), int64.
+        rows: States and labels (tokens,) of each row.
+    """
+
+    layers: Tensor
+    rows: list[tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, folder: Path) -> Rows:
+        """All rows of a folder."""
         collator = StatesCollator(folder)
-        self.layers = torch.tensor(collator.manifest.layers)
         batches = [collator([row]) for row in load_states(folder)]
-        self.rows: list[tuple[Tensor, Tensor]] = [
-            (batch["states"].to(DEVICE), batch["labels"][1:].to(DEVICE)) for batch in batches
-        ]
+        rows = [(batch["states"].to(DEVICE), batch["labels"][1:].to(DEVICE)) for batch in batches]
+        return cls(torch.tensor(collator.manifest.layers), rows)
 
     def batch(self, chosen: Sequence[int]) -> dict[str, Tensor]:
         """The rows `chosen`."""
@@ -49,13 +61,23 @@ class Rows:
 
     def rounded(self, chosen: Format) -> tuple[Rows, float]:
         """The same rows through a format, and its bytes for a token."""
-        other, size, tokens = object.__new__(Rows), 0, 0
-        other.layers, other.rows = self.layers, []
+        other, size, tokens = Rows(self.layers, []), 0, 0
         for states, labels in self.rows:
             content = chosen.encode(states.cpu())
             size, tokens = size + len(content), tokens + len(labels)
             other.rows.append((chosen.decode(content, len(states), states.shape[-1]).to(DEVICE), labels))
         return other, size / tokens
+
+
+@torch.no_grad()
+def final_states(model: Any, found: Rows) -> Iterator[tuple[Tensor, Tensor]]:
+    """By batch, the final hidden states under the side network, (tokens, d), and the targets (tokens,)."""
+    follower = follower_of(model)
+    assert follower is not None
+    for start in range(0, len(found.rows), BATCH):
+        batch = found.batch(range(start, min(start + BATCH, len(found.rows))))
+        states, targets = from_parts(model, batch["states"], batch["labels"], found.layers.tolist())
+        yield states.replay(follower.host.make_listener())["last_hidden_state"].flatten(0, 1), targets
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import argparse
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
@@ -29,15 +29,13 @@ from tqdm import tqdm
 
 from benchmarks import methods, rows
 from benchmarks.common import DEVICE, smollm2, smollm2_tokenizer
-from benchmarks.document import markdown, newest, not_measured, source
-from benchmarks.quality.from_states import BATCH, Rows, stored
+from benchmarks.document import markdown, newest, not_measured, source, spread
+from benchmarks.quality.from_states import BATCH, Rows, final_states, stored
 from benchmarks.quality.learner import WARM_UP, factor
 from benchmarks.quality.tasks import load
 from benchmarks.step import positive
 from qtuning_peft import SideTuningConfig, model_from_states
 from qtuning_peft.head import causal_model
-from qtuning_peft.side_tuning.follow.follower import follower_of
-from qtuning_peft.side_tuning.follow.replay import from_parts
 
 NAME, LIKELY, TOGETHER = "gains", 2000, 4
 
@@ -83,12 +81,10 @@ AVERAGES = [f"average of {TOGETHER}, states", f"average of {TOGETHER}, probabili
 
 def differences(found: Rows) -> Rows:
     """The same rows, each tap minus the one before it; the first of the blocks' minus the embeddings."""
-    other = Rows.__new__(Rows)
-    other.layers = found.layers
-    other.rows = [
-        (torch.cat([states[:1], states[1:-1] - states[:-2], states[-1:]]), labels) for states, labels in found.rows
-    ]
-    return other
+    return Rows(
+        found.layers,
+        [(torch.cat([states[:1], states[1:-1] - states[:-2], states[-1:]]), labels) for states, labels in found.rows],
+    )
 
 
 class Search:
@@ -138,13 +134,7 @@ class Search:
     @torch.no_grad()
     def final(self, model: Any, variant: Variant, of: str) -> Tensor:
         """Its final states (tokens, d)."""
-        follower, found, result = follower_of(model), self.states[variant.differences][of], []
-        assert follower is not None
-        for start in range(0, len(found.rows), BATCH):
-            batch = found.batch(range(start, min(start + BATCH, len(found.rows))))
-            read, _ = from_parts(model, batch["states"], batch["labels"], found.layers.tolist())
-            result.append(read.replay(follower.host.make_listener())["last_hidden_state"].flatten(0, 1))
-        return torch.cat(result)
+        return torch.cat([states for states, _ in final_states(model, self.states[variant.differences][of])])
 
     @torch.no_grad()
     def nats(self, final: Tensor, of: str) -> Tensor:
@@ -253,11 +243,6 @@ def table(images: Path) -> str:
     ])  # fmt: skip
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
-
-
 def main() -> None:
     """One row for each network, and for each average."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -274,7 +259,7 @@ def main() -> None:
     prefix = f"few-shot-{arguments.few_shot}-" if arguments.few_shot else ""
     folders = {of: stored(f"{prefix}{of}-{len(found)}", found, lambda: smollm2(False)[0]) for of, found in sets.items()}
     run = Runs(
-        Search(folders["train"], {of: Rows(folder) for of, folder in folders.items()}),
+        Search(folders["train"], {of: Rows.of(folder) for of, folder in folders.items()}),
         {f"{of}_rows": len(found) for of, found in sets.items()} | {"few_shot_examples": arguments.few_shot},
     )
     for epochs in arguments.epochs:

@@ -86,7 +86,7 @@ def measure(name: str, task: Task, arguments: argparse.Namespace) -> Iterator[ro
     prefix = name.replace(" ", "-").replace(",", "").lower()
     model = dense(base)
     folders = {of: stored(f"{prefix}-{of}-{len(found)}", found, lambda: model) for of, found in sets.items()}
-    parts = {of: Rows(folder) for of, folder in folders.items()}
+    parts = {of: Rows.of(folder) for of, folder in folders.items()}
     untrained = fresh(folders["train"], 0)
     before = {of: loss(untrained, parts[of]) for of in ("validation", "test")}
     for seed in arguments.seeds:

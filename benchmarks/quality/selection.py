@@ -27,7 +27,7 @@ from benchmarks import methods, rows
 from benchmarks.common import DEVICE, smollm2, smollm2_tokenizer
 from benchmarks.gsm8k import encode
 from benchmarks.noise import TOGETHER, corrupted
-from benchmarks.quality.from_states import BATCH, RATE, Rows, fresh, stored
+from benchmarks.quality.from_states import RATE, Rows, final_states, fresh, stored
 from benchmarks.quality.learner import factor
 from benchmarks.quality.tasks import load
 from benchmarks.quality.texts import texts_of
@@ -35,8 +35,6 @@ from benchmarks.step import positive
 from qtuning_peft import EUPruner, load_states
 from qtuning_peft.eu_plane.selection import KEEP, TRIM
 from qtuning_peft.head import causal_model
-from qtuning_peft.side_tuning.follow.follower import follower_of
-from qtuning_peft.side_tuning.follow.replay import from_parts
 
 NAME, TRAIN_ROWS, STEPS, HARD = "selection", 320, 20, 0.2
 TOKENS = 0.5  # the plane's token_ratio, which is everybody's budget
@@ -70,13 +68,9 @@ def spoilt_rows(texts: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @torch.no_grad()
 def predictions(model: Any, found: Rows) -> tuple[Tensor, Tensor]:
     """Error in nats and whether the likeliest token is right, of every supervised token, (tokens,)."""
-    follower = follower_of(model)
-    assert follower is not None
     head, errors, right = causal_model(model).get_output_embeddings(), [], []
-    for start in range(0, len(found.rows), BATCH):
-        batch = found.batch(range(start, min(start + BATCH, len(found.rows))))
-        states, targets = from_parts(model, batch["states"], batch["labels"], batch["state_layers"].tolist())
-        logits = head(states.replay(follower.host.make_listener())["last_hidden_state"].flatten(0, 1)).float()
+    for states, targets in final_states(model, found):
+        logits = head(states).float()
         errors.append(nn.functional.cross_entropy(logits, targets, reduction="none"))
         right.append(logits.argmax(-1) == targets)
     return torch.cat(errors), torch.cat(right).float()
@@ -134,15 +128,17 @@ def main() -> None:
         for name, found in sets.items()
         if found
     }
-    parts = {name: Rows(folder) for name, folder in folders.items()}
+    parts = {name: Rows.of(folder) for name, folder in folders.items()}
     scores = {name: load_states(folder).remove_columns("states") for name, folder in folders.items()}
     base = {name: predictions(fresh(folders["train"], 0), parts[name]) for name in ("GSM8K", "Dolly")}
     hard = base["GSM8K"][0] > base["GSM8K"][0].quantile(1 - HARD)
     done = {tuple(row["run"]) for row in rows.read(NAME)}
     for share in arguments.spoilt:
         bad = round(share * count)
-        train, scored = Rows.__new__(Rows), scores["train"].select(range(bad, count))
-        train.layers, train.rows = parts["train"].layers, parts["train"].rows[bad:]
+        train, scored = (
+            Rows(parts["train"].layers, parts["train"].rows[bad:]),
+            scores["train"].select(range(bad, count)),
+        )
         if bad:
             train.rows = train.rows + parts["spoilt"].rows[:bad]
             scored = concatenate_datasets([scored, scores["spoilt"].select(range(bad))])
