@@ -1,6 +1,6 @@
 """Which hidden states a loss reads, declared around a forward pass by whoever computes the loss.
 
-    read[t] = label[t + 1] != -100
+    read[t] = label[t + 1] != -100        or, by a classifier of rows, their last token
 
 Positions that nobody reads need no side network and no states: few-shot examples, for one, cost the base's pass alone,
 and a base behind a frozen prompt prefix need not run over it again.
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -20,7 +21,7 @@ class _Declared:
     def __init__(self) -> None:
         # Counted when asked for, as that waits for the device.
         self.column: Callable[[], int] | None = None
-        self.labels: Tensor | None = None
+        self.positions: Callable[[], Tensor] | None = None  # (batch, length), bool
 
 
 class _Threads(threading.local):
@@ -38,35 +39,39 @@ def reading_labels(labels: Any) -> Iterator[None]:
 
     `labels` are (batch, length), -100 where a token is not supervised; nothing is declared by anything else.
     """
-    known = labels if isinstance(labels, Tensor) and labels.dim() == 2 else None
-    with _declared(lambda: unsupervised_columns(known), known):
+    known = (lambda: positions_that_predict(labels)) if isinstance(labels, Tensor) and labels.dim() == 2 else None
+    with _declared(lambda: unsupervised_columns(labels if known else None), known):
         yield
 
 
 @contextmanager
-def reading_from(column: Callable[[], int]) -> Iterator[None]:
-    """Declare that in forward passes of this context and thread no hidden state before `column()` - 1 is read."""
-    with _declared(column, None):
+def reading_last(input_ids: Tensor, padding: int | None) -> Iterator[None]:
+    """Declare that in forward passes of this context and thread each row is read at its last token alone.
+
+    `input_ids` are (batch, length); the last token is the last that is not `padding`, as transformers' classifiers
+    have it.
+    """
+    with _declared(lambda: input_ids.shape[-1], lambda: last_tokens(input_ids, padding)):
         yield
 
 
 @contextmanager
 def behind(columns: int) -> Iterator[None]:
     """In forward passes of this context and thread, the first `columns` of what was declared are left out."""
-    labels = _threads.declared.labels
-    with _declared(None, None if labels is None else labels[:, columns:]):
+    positions = _threads.declared.positions
+    with _declared(None, None if positions is None else lambda: positions()[:, columns:]):
         yield
 
 
 @contextmanager
-def _declared(column: Callable[[], int] | None, labels: Tensor | None) -> Iterator[None]:
+def _declared(column: Callable[[], int] | None, positions: Callable[[], Tensor] | None) -> Iterator[None]:
     declared = _threads.declared
-    before = declared.column, declared.labels
-    declared.column, declared.labels = column, labels
+    before = declared.column, declared.positions
+    declared.column, declared.positions = column, positions
     try:
         yield
     finally:
-        declared.column, declared.labels = before
+        declared.column, declared.positions = before
 
 
 def first_column() -> int | None:
@@ -77,8 +82,8 @@ def first_column() -> int | None:
 
 def read_positions() -> Tensor | None:
     """Where hidden states are read, (batch, length), bool; `None` if that is not known."""
-    labels = _threads.declared.labels
-    return None if labels is None else positions_that_predict(labels)
+    positions = _threads.declared.positions
+    return None if positions is None else positions()
 
 
 def positions_that_predict(labels: Tensor) -> Tensor:
@@ -86,6 +91,13 @@ def positions_that_predict(labels: Tensor) -> Tensor:
     read = (labels != IGNORE_INDEX).roll(-1, dims=1)
     read[:, -1] = False
     return read
+
+
+def last_tokens(input_ids: Tensor, padding: int | None) -> Tensor:
+    """Where each row of `input_ids` (batch, length) has its last token that is not `padding`, (batch, length), bool."""
+    columns = torch.arange(input_ids.shape[-1], device=input_ids.device)
+    kept = columns if padding is None else columns * (input_ids != padding)
+    return columns == kept.expand_as(input_ids).argmax(-1, keepdim=True)
 
 
 def unsupervised_columns(labels: Any) -> int:

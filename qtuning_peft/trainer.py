@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 
 from .eu_plane.fingerprint import weights_of
 from .head import causal_model
-from .side_tuning.follow import find_decoder, follower_of
+from .side_tuning.follow import follower_of
 from .states import FolderStore, Store, cache_states, common_prefix, reuse_of
 from .stored import StoredRows, holds_states
 
@@ -91,12 +91,14 @@ class HiddenStateCacheCallback(TrainerCallback):
         network = None if follower is None else follower.host.active_network()
         if network is None:
             return 0
-        base = causal_model(model)
         if holds_states(folder):
-            return StoredRows(folder, base, network.layers)
-        own = "-".join([weights_of(base), *map(str, sorted(network.layers))])
-        width = find_decoder(base).shape.hidden_size
-        return FolderStore(folder / xxhash.xxh3_64_hexdigest(own.encode()), len(network.layers) + 2, width)
+            return StoredRows(folder, causal_model(model), network.layers)
+        assert follower is not None
+        # Not those of a head, which a classifier starts anew.
+        own = "-".join([weights_of(follower.decoder), *map(str, sorted(network.layers))])
+        return FolderStore(
+            folder / xxhash.xxh3_64_hexdigest(own.encode()), len(network.layers) + 2, network.mix.up_proj.out_features
+        )
 
 
 class SideTuningTrainer(Trainer):

@@ -114,7 +114,7 @@ def test_other_batches_are_computed_whole(name: str) -> None:
 
 
 def test_whoever_reads_the_prefix_has_it_computed_whole() -> None:
-    """A batch supervised from its start, an evaluation, and a loss that nobody knows."""
+    """A batch supervised from its start, logits that are asked for, and a loss that nobody knows."""
     model, inputs = side_tuned(), batch()
     full = {**inputs, "labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)}
     unlabelled = {name: tensor for name, tensor in inputs.items() if name != "labels"}
@@ -132,7 +132,7 @@ def test_whoever_reads_the_prefix_has_it_computed_whole() -> None:
     torch.testing.assert_close(model(**unlabelled).logits.detach(), expected)
     model.get_base_model().config.use_cache = False  # as trainers set it
     torch.testing.assert_close(model.eval()(**inputs).logits.detach(), expected)
-    assert lengths == [32] * 4
+    assert lengths == [32, PREFIX, 12, 32, 32]  # labels say where logits are read, with gradients or without
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])

@@ -5,8 +5,8 @@
 A system prompt, or few-shot examples before every question, are the same P tokens in every row. Under LoRA their keys
 and values change with every step; beside a frozen base (QST, ACL 2024, section 3) they are computed once, and a pass
 runs over the rest alone. Side blocks that do not attend read nothing of the prefix, so that loss and gradient are those
-of the whole rows, up to rounding. The prefix's own positions hold the base's hidden states: it is left out only while
-training, by a loss that declares that none of them is read (see `reading`).
+of the whole rows, up to rounding. The prefix's own positions hold the base's hidden states: it is left out only where
+it is declared that none of them is read (see `reading`), as in training, and by classifiers and chunked losses always.
 """
 
 import inspect

@@ -27,7 +27,7 @@ ROW_ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "return_dict"}
 
 
 class Reuse:
-    """Serves the passes of one follower (see `Follower.intercept`)."""
+    """Serves the passes of one follower (see `Follower.intercept`) of which it is known where they are read."""
 
     def __init__(self) -> None:
         self.prefix: PromptPrefix | None = None
@@ -42,24 +42,25 @@ class Reuse:
     def __call__(self, follower: Follower, *args: Any, **kwargs: Any) -> Any:
         """What the decoder returns."""
         inputs = {"input_ids": args[0], **kwargs} if len(args) == 1 else kwargs
-        # In training steps alone: evaluation may read any position, and sees each row once.
-        if follower.host.training and torch.is_grad_enabled() and len(args) <= 1:
+        # The cache in training steps alone: evaluation sees each row once.
+        caches = self.cache is not None and follower.host.training and torch.is_grad_enabled()
+        if len(args) <= 1:
             # Whether one process can do without the base depends on its batch.
             like = next((value for value in inputs.values() if isinstance(value, Tensor)), torch.empty(0))
             decoder, prefix = follower.decoder, self.prefix
-            if agreed(bool(prefix or self.cache) and may_serve(follower, inputs), decoder, like):
+            if agreed(bool(prefix or caches) and may_serve(follower, inputs), decoder, like):
                 begins = prefix is not None and prefix.begins(follower, inputs, first_column())
                 if not agreed(begins, decoder, like):
-                    return self._cached(follower, inputs)
+                    return self._cached(follower, inputs, caches)
                 assert prefix is not None
                 rest, hidden_states = prefix.left_out(follower, inputs)
                 with behind(hidden_states.shape[1]):
-                    return prefix.put_back(hidden_states, self._cached(follower, rest))
+                    return prefix.put_back(hidden_states, self._cached(follower, rest, caches))
         return follower.run(follower.host.make_listener(), *args, **kwargs)
 
-    def _cached(self, follower: Follower, inputs: dict[str, Any]) -> Any:
+    def _cached(self, follower: Follower, inputs: dict[str, Any], caches: bool) -> Any:
         listener = follower.host.make_listener()
-        if self.cache is not None and listener is not None and self.cache.layers == listener.layers:
+        if caches and self.cache is not None and listener is not None and self.cache.layers == listener.layers:
             output = self.cache.serve(follower, inputs, listener)
             if output is not None:
                 return output

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...head import is_causal
 from ...loss import chunked_cross_entropy
-from ...reading import reading_from, reading_labels
+from ...reading import reading_labels, reading_last
 from ..follow import Decoder, find_decoder, follower_of, stored_cross_entropy
 from ..network import SideNetwork
 from .config import SideTuningConfig
@@ -128,16 +128,14 @@ class SideTuningModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _reading(self, given: dict[str, Any]) -> AbstractContextManager[None]:
-        if not self.training:
-            return nullcontext()
         # Decoders taken out of an encoder-decoder do not shift their labels.
         if hasattr(self.model.config, "decoder_layers"):
             return nullcontext()
-        if is_causal(self.model):
-            return reading_labels(given.get("labels"))
-        # transformers' classifiers read the last token of a row.
-        of_rows = type(self.model).__name__.endswith("ForSequenceClassification") and "input_ids" in given
-        return reading_from(lambda: given["input_ids"].shape[-1] if of_rows else 0)
+        of_rows = type(self.model).__name__.endswith("ForSequenceClassification")
+        if of_rows and given.get("input_ids") is not None:
+            return reading_last(given["input_ids"], self.model.config.pad_token_id)
+        # Evaluation returns logits of all positions.
+        return reading_labels(given.get("labels")) if self.training and is_causal(self.model) else nullcontext()
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, SideTuningConfig)
