@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import word_tokenizer
+from conftest import tiny, word_tokenizer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -22,7 +23,7 @@ if not (REPOSITORY / "benchmarks").is_dir():
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks import document, rows  # noqa: E402
-from benchmarks.quality import ablations, page, states, targets  # noqa: E402
+from benchmarks.quality import ablations, from_states, page, states, targets  # noqa: E402
 from benchmarks.quality.fit import Data, Rates, fit, optimizers  # noqa: E402
 from benchmarks.quality.learner import factor  # noqa: E402
 from benchmarks.quality.muon import orthogonal  # noqa: E402
@@ -458,17 +459,45 @@ def test_the_page_without_rows_says_what_to_run(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.svg"))
 
 
-def test_a_table_of_tasks_names_what_is_missing_and_mixes_no_devices(tmp_path: Path) -> None:
-    def measured(method: str, device: str, test: float, **row: object) -> None:
-        environment = {"device": device, "threads": None, **dict.fromkeys(document.VERSIONS, "1")}
-        (one,) = run(method, task="sst2", rows=2000, learning_rate=1e-3, test=test, majority=0.5, **row)
-        fields = {"peak_allocated": 2**30, "environment": environment, "commit": "c", "dirty": False, "date": "2026"}
-        rows.append("quality", {**one, **fields, "command": "train"})
+def test_a_table_of_tasks_has_those_that_both_were_measured_on(tmp_path: Path) -> None:
+    """From any machine, which is named; runs that read stored states are in no table of times."""
 
-    measured("lora", "one", 0.9, seed=0)
-    measured("lora", "other", 0.7, seed=1)
-    lines = page.tasks(tmp_path).splitlines()
-    sst2 = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| sst2 | ")]
-    assert [(line[1], line[7]) for line in sst2] == [
-        ("lora", "0.9000"), ("side", "not measured"), ("lora", "0.7000"), ("side", "not measured"),
-    ]  # fmt: skip
+    def measured(task: str, method: str, device: str, **row: object) -> None:
+        environment = {"device": device, "threads": row.pop("threads", None), **dict.fromkeys(document.VERSIONS, "1")}
+        (one,) = run(method, task=task, seed=0, rows=2000, learning_rate=1e-3, test=0.9, majority=0.5, **row)
+        fields = {"peak_allocated": 2**30, "environment": environment, "commit": "c", "dirty": False, "date": "2026"}
+        options = {"options": {"four_bit": False, "arguments": {"center_taps": True}}, "command": "train"}
+        rows.append("quality", {**one, **fields, **options})
+
+    measured("sst2", "lora", "one")
+    assert page.tasks(tmp_path).startswith("Not measured yet.")
+    measured("sst2", "side", "other", threads=2, states=True, few_shot_examples=16)
+    measured("mrpc", "lora", "one")
+    lines = [line.split("|")[1:-1] for line in page.tasks(tmp_path).splitlines() if line.startswith("| sst2 | ")]
+    shown = [[line[column].strip() for column in (2, 4, -1)] for line in lines]
+    assert shown == [["lora", "-", "one"], ["side", "16", "other"]]
+    assert "| mrpc | " not in page.tasks(tmp_path)
+    assert page.runs(tested=True) == []
+
+
+def test_a_softmax_over_a_part_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over all of it training is the same; afterwards the head is whole again."""
+    draw, base = random.Random(0), tiny()
+    data = [[draw.randrange(3, 100) for _ in range(9)] for _ in range(4)]
+    found = [{"input_ids": ids, "labels": [-100, -100, *ids[2:]]} for ids in data]
+    monkeypatch.setattr(from_states, "LIKELY", 5)
+    folder = from_states.stored("tiny", found, lambda: base)
+    parts = from_states.Rows.of(folder)
+
+    def trained(vocabulary: Any) -> dict[str, torch.Tensor]:
+        model = from_states.fresh(folder, 0)
+        head = model.get_output_embeddings().weight
+        from_states.learn(model, from_states.batches_of(parts, 2, 0, size=2), vocabulary)
+        assert model.get_output_embeddings().weight is head
+        return {name: own.detach().clone() for name, own in model.named_parameters() if own.requires_grad}
+
+    whole, every = trained(None), trained(torch.arange(base.config.vocab_size))
+    for name, own in whole.items():
+        torch.testing.assert_close(every[name], own, rtol=1e-5, atol=1e-7, msg=name)
+    some = from_states.vocabulary_of(from_states.fresh(folder, 0), parts)
+    assert {token for ids in data for token in ids[2:]} <= {*some.tolist()}

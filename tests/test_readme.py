@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -197,6 +198,18 @@ def test_few_shot_examples_as_the_page_has_them(workplace: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(workplace / MODEL)
     add_few_shot_examples(tokenizer, ast.literal_eval(examples))
     assert "7 apples" in tokenizer.apply_chat_template([{"role": "user", "content": "w1"}], tokenize=False)
+
+
+def test_classifying_runs_as_printed(workplace: Path) -> None:
+    """The second snippet in another process, from what the first one saved."""
+    rows = [{"sentence": f"w{index % 7} w{index % 3}", "label": index % 2} for index in range(2016)]
+    data = workplace / "stanfordnlp" / "sst2" / "train.jsonl"
+    data.parent.mkdir(parents=True)
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    for snippet in blocks(read(ROOT / "docs" / "classifying.md"), "python"):
+        finished = run_in(workplace, snippet.replace("num_train_epochs=3", "max_steps=3, use_cpu=True"))
+        assert finished.returncode == 0, f"{snippet}\n{finished.stderr[-2000:]}"
+    assert finished.stdout.split()[-1] in ("negative", "positive")
 
 
 @pytest.fixture

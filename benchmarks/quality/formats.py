@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from benchmarks import rows
 from benchmarks.common import smollm2, smollm2_tokenizer
-from benchmarks.quality.from_states import RATE, Rows, loss, stored, train
+from benchmarks.quality.from_states import RATE, Rows, batches_of, fresh, learn, loss, stored
 from benchmarks.quality.tasks import load
 from benchmarks.step import positive
 from qtuning_peft.states.format import FORMATS
@@ -52,7 +52,8 @@ def main() -> None:
     for name, chosen in formats.items():
         rounded, size = parts["train"].rounded(chosen)
         for seed in arguments.seeds:
-            model = train(folders["train"], rounded, arguments.epochs, seed)
+            model = fresh(folders["train"], seed)
+            learn(model, batches_of(rounded, arguments.epochs, seed))
             row = {
                 "format": name, "bytes_per_token": size, "task": task.name, "rows": arguments.rows,
                 "epochs": arguments.epochs, "learning_rate": RATE, "seed": seed,

@@ -1,9 +1,13 @@
-"""Training from stored states, as the benchmarks do it: the base runs once over its rows, and every seed reads them."""
+"""Training from stored states, as the benchmarks do it: the base runs once over its rows, and every seed reads them.
+
+Where the head is most of a step, training takes the softmax over what the base finds likely and what the rows contain,
+a tenth of the vocabulary and of the cost. Losses that are reported are over all of it.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +15,19 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from benchmarks import methods, rows
 from benchmarks.common import DEVICE
-from benchmarks.quality.learner import factor
+from benchmarks.quality.learner import WARM_UP, factor
 from qtuning_peft import SideTuningConfig, StatesCollator, compute_states, load_states, model_from_states
+from qtuning_peft.head import causal_model
 from qtuning_peft.side_tuning.follow.follower import follower_of
 from qtuning_peft.side_tuning.follow.replay import from_parts
 from qtuning_peft.states.format import Format
 
-RATE, BATCH = 1e-3, 8
+RATE, BATCH, LIKELY = 1e-3, 8, 2000
 
 
 def stored(name: str, found: Sequence[dict[str, Any]], load: Callable[[], Any], **scoring: Any) -> Path:
@@ -97,19 +103,53 @@ def fresh(folder: Path, seed: int) -> Any:
     return model_from_states(folder, SideTuningConfig()).to(DEVICE).train()
 
 
-def train(folder: Path, found: Rows, epochs: int, seed: int) -> Any:
-    """A side network that has learned `found`."""
-    model = fresh(folder, seed)
-    optimizer = methods.optimizer(methods.find("side"), model, RATE)
-    draw, steps = random.Random(seed), epochs * (len(found.rows) // BATCH)
-    for step in tqdm(range(steps), f"seed {seed}", unit="step"):
-        if step % (len(found.rows) // BATCH) == 0:
-            order = draw.sample(range(len(found.rows)), len(found.rows))
-        start = step % (len(found.rows) // BATCH) * BATCH
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * factor(step, steps)
-        model(**found.batch(order[start : start + BATCH])).loss.backward()
+Batches = tuple[Iterable[dict[str, Tensor]], int]  # and how many there are
+
+
+def batches_of(found: Rows, epochs: int, seed: int, size: int = BATCH) -> Batches:
+    """Batches of `size` rows, another order every epoch, made when they are asked for."""
+    draw, whole = random.Random(seed), len(found.rows) // size * size
+    orders = [draw.sample(range(len(found.rows)), len(found.rows)) for _ in range(epochs)]
+    places = [order[start : start + size] for order in orders for start in range(0, whole, size)]
+    return (found.batch(chosen) for chosen in places), len(places)
+
+
+def vocabulary_of(model: Any, found: Rows) -> Tensor:
+    """Tokens that the base finds likely in a few of the rows, and all that the rows contain, ascending, (tokens,)."""
+    head = causal_model(model).get_output_embeddings().weight.detach()  # (vocabulary, d)
+    likely = torch.zeros(len(head), device=head.device)
+    for states, _ in found.rows[::4]:
+        likely += (states[-1, ::4] @ head.T).softmax(-1).sum(0)
+    contained = torch.cat([labels for _, labels in found.rows])
+    return torch.cat([likely.topk(LIKELY).indices, contained]).unique()
+
+
+def learn(
+    model: Any,
+    batches: Batches,
+    vocabulary: Tensor | None = None,
+    optimizers: Iterable[torch.optim.Optimizer] = (),
+    warm_up: float = WARM_UP,
+) -> None:
+    """Take a step on each batch, by AdamW at `RATE` unless there are other `optimizers`, with their rates.
+
+    The softmax is over `vocabulary`, or else over all of it.
+    """
+    each, steps = batches
+    optimizers = [*optimizers] or [methods.optimizer(methods.find("side"), model, RATE)]
+    schedules = [LambdaLR(one, lambda step: factor(step, steps, warm_up)) for one in optimizers]
+    output = causal_model(model).get_output_embeddings()
+    head = output.weight
+    if vocabulary is not None:
+        output.weight = nn.Parameter(head.detach()[vocabulary], requires_grad=False)
+    for batch in tqdm(each, unit="step", total=steps, leave=False):
+        labels = batch["labels"]
+        if vocabulary is not None:
+            labels = torch.where(labels < 0, labels, torch.searchsorted(vocabulary, labels))
+        model(**{**batch, "labels": labels}).loss.backward()
         nn.utils.clip_grad_norm_(methods.trained(model), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    output.weight = head

@@ -2,42 +2,45 @@
 
     python -m benchmarks.quality.gains --data FOLDER --epochs 1 3        resumes where it was interrupted
 
-SmolLM2-135M-Instruct in float32 on GSM8K, 160 rows in steps of 8. The base runs once over the rows; everything is read
-from its states. Of a variant every learning rate is tried with one seed, and the rate that is best on the validation
-rows gets all seeds. Differences are taken of the stored states: s_j - s_(j-1) in the place of s_j. An average is that
-of four networks which differ in their seeds: of their final states, which is that of their log-probabilities,
+SmolLM2-135M-Instruct on GSM8K, in steps of 8 rows. The base runs once over the rows, in float32 or with the weights of
+a quantized one; everything is read from its states. Of a variant every learning rate is tried with one seed, and the
+rate that is best on the validation rows gets all seeds. Differences are taken of the stored states: s_j - s_(j-1) in
+the place of s_j. An average is that of four networks which differ in their seeds: of their final states, which is that
+of their log-probabilities,
 
     softmax(H (h_1 + ... + h_K) / K)  ~  (p_1 ... p_K)^(1/K)        H: the head
 
-or of their probabilities. In training the softmax is over what the base finds likely and what the rows contain, a tenth
-of the vocabulary and of the cost; losses that are reported are over all of it. Rows go to `results/gains.jsonl`.
+or of their probabilities. Rows go to `results/gains.jsonl`.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import methods, rows
+from benchmarks import rows
 from benchmarks.common import DEVICE, smollm2, smollm2_tokenizer
 from benchmarks.document import markdown, newest, not_measured, source, spread
-from benchmarks.quality.from_states import BATCH, Rows, final_states, stored
-from benchmarks.quality.learner import WARM_UP, factor
+from benchmarks.quality.from_states import Rows, batches_of, final_states, fresh, learn, stored, vocabulary_of
+from benchmarks.quality.learner import WARM_UP
+from benchmarks.quality.quantized_bases import FLOAT32, dense, load_named
 from benchmarks.quality.tasks import load
+from benchmarks.quantizers import QUANTIZERS
 from benchmarks.step import positive
 from qtuning_peft import SideTuningConfig, model_from_states
 from qtuning_peft.head import causal_model
 
-NAME, LIKELY, TOGETHER = "gains", 2000, 4
+NAME, TOGETHER, MOST_ROWS = "gains", 4, 320
 
 
 @dataclass(frozen=True)
@@ -97,38 +100,17 @@ class Search:
 
     def __init__(self, folder: Path, parts: dict[str, Rows]) -> None:
         self.folder, self.states = folder, {False: parts, True: {of: differences(part) for of, part in parts.items()}}
-        model = model_from_states(folder, SideTuningConfig()).to(DEVICE)
+        model = fresh(folder, 0)
         self.head = causal_model(model).get_output_embeddings().weight.detach()  # (vocabulary, d)
-        likely = torch.zeros(len(self.head), device=DEVICE)
-        for states, _ in parts["train"].rows[::4]:
-            likely += (states[-1, ::4] @ self.head.T).softmax(-1).sum(0)
-        contained = torch.cat([labels for _, labels in parts["train"].rows])
-        self.vocabulary = torch.cat([likely.topk(LIKELY).indices, contained]).unique()
+        self.vocabulary = vocabulary_of(model, parts["train"])
 
     def train(self, variant: Variant, rate: float, epochs: int, seed: int) -> Any:
         """A side network after `epochs`."""
         torch.manual_seed(seed)
         config = SideTuningConfig(reduction_factor=variant.reduction_factor)
         model: Any = model_from_states(self.folder, config).to(DEVICE).train()
-        output = causal_model(model).get_output_embeddings()
-        output.weight = nn.Parameter(self.head[self.vocabulary], requires_grad=False)
-        optimizers = optimizers_of(model, variant, rate)
-        draw, found = random.Random(seed), self.states[variant.differences]["train"]
-        count = len(found.rows) // BATCH
-        for step in range(epochs * count):
-            if step % count == 0:
-                order = draw.sample(range(len(found.rows)), len(found.rows))
-            batch = found.batch(order[step % count * BATCH : (step % count + 1) * BATCH])
-            batch["labels"][1:] = torch.searchsorted(self.vocabulary, batch["labels"][1:])
-            model(**batch).loss.backward()
-            nn.utils.clip_grad_norm_(methods.trained(model), 1.0)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    times = variant.muon if isinstance(optimizer, torch.optim.Muon) else 1.0
-                    group["lr"] = times * rate * factor(step, epochs * count, variant.warm_up)
-                optimizer.step()
-                optimizer.zero_grad()
-        output.weight = nn.Parameter(self.head, requires_grad=False)
+        batches = batches_of(self.states[variant.differences]["train"], epochs, seed)
+        learn(model, batches, self.vocabulary, optimizers_of(model, variant, rate), variant.warm_up)
         return model.eval()
 
     @torch.no_grad()
@@ -215,53 +197,68 @@ class Runs:
 
 def table(images: Path) -> str:
     """Each variant at its best rate, beside the default's test loss with the same seeds; then the rates."""
-    found = newest(rows.read(NAME), lambda row: (row["variant"], row["epochs"], row["rate"], row["seed"]))
+    found = newest(rows.read(NAME), lambda row: (*setting(row), row["variant"], row["rate"], row["seed"]))
     if not found:
         return not_measured(f"python -m benchmarks.quality.{NAME}")
-    groups: dict[tuple[str, int], dict[float, list[rows.Row]]] = {}
-    for row in sorted(found, key=lambda row: (row["epochs"], row["seed"])):  # stable: variants as they were measured
-        groups.setdefault((row["variant"], row["epochs"]), {}).setdefault(row["rate"], []).append(row)
+    groups: dict[tuple[Any, ...], dict[float, list[rows.Row]]] = {}
+    for row in sorted(found, key=lambda row: (*setting(row), row["seed"])):  # stable: variants as they were measured
+        groups.setdefault((*setting(row), row["variant"]), {}).setdefault(row["rate"], []).append(row)
     best = {key: min(tried.values(), key=lambda same: same[0]["loss"]["validation"]) for key, tried in groups.items()}
     lines = []
-    for (name, epochs), same in best.items():
-        validation, test = ([row["loss"][of] for row in same] for of in ("validation", "test"))
-        seeds = {row["seed"] for row in (same if name in VARIANTS else best[DEFAULT, epochs])}
-        default = mean(row["loss"]["test"] for row in best[DEFAULT, epochs] if row["seed"] in seeds)
-        beside = "" if name == DEFAULT else f"{mean(test) - default:+.3f}"
-        lines.append([name, epochs, f"{same[0]['rate']:g}", len(same), spread(validation), spread(test), beside])
+    for (*of, name), same in best.items():
+        validation, test = ([row["loss"][part] for row in same] for part in ("validation", "test"))
+        default = best[(*of, DEFAULT)]
+        seeds = {row["seed"] for row in (same if name in VARIANTS else default)}
+        beside = mean(test) - mean(row["loss"]["test"] for row in default if row["seed"] in seeds)
+        lines.append([
+            *shown(of), name, f"{same[0]['rate']:g}", len(same), spread(validation), spread(test),
+            "" if name == DEFAULT else f"{beside:+.3f}",
+        ])  # fmt: skip
     rates = sorted({row["rate"] for row in found})
     tried = [
-        [name, epochs, *(f"{by_rate[rate][0]['loss']['validation']:.3f}" if rate in by_rate else "" for rate in rates)]
-        for (name, epochs), by_rate in groups.items()
-        if len(by_rate) > 1
+        [*shown(of), name, *(f"{by[rate][0]['loss']['validation']:.3f}" if rate in by else "" for rate in rates)]
+        for (*of, name), by in groups.items()
+        if len(by) > 1
     ]
-    header = ["variant", "epochs", "learning rate", "seeds", "validation", "test", "beside default"]
+    head = ["base", "few-shot examples", "rows x epochs", "variant"]
     return "\n\n".join([
-        markdown(header, lines), "Rates, validation loss of one seed:",
-        markdown(["variant", "epochs", *(f"{rate:g}" for rate in rates)], tried),
-        source(found, found[-1]["command"]),
+        markdown([*head, "learning rate", "seeds", "validation", "test", "beside default"], lines),
+        "Rates, validation loss of one seed:",
+        markdown([*head, *(f"{rate:g}" for rate in rates)], tried), source(found, found[-1]["command"]),
     ])  # fmt: skip
+
+
+def setting(row: rows.Row) -> tuple[Any, ...]:
+    """What is the same for the variants that are compared."""
+    return row["base"] != FLOAT32, row["base"], row["few_shot_examples"], row["train_rows"], row["epochs"]
+
+
+def shown(found: Sequence[Any]) -> list[str]:
+    """A setting in the table's first columns."""
+    _, base, examples, count, epochs = found
+    return [base, examples or "-", f"{count} x {epochs}"]
 
 
 def main() -> None:
     """One row for each network, and for each average."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="where GSM8K's files are")
+    parser.add_argument("--base", default=FLOAT32, choices=[FLOAT32, *QUANTIZERS], metavar="BASE", help="(float32)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS], metavar="NAME")
-    parser.add_argument("--epochs", type=positive, nargs="+", default=[1, 3], help="of 20 steps (1 3)")
+    parser.add_argument("--rows", type=positive, default=160, help=f"training rows, at most {MOST_ROWS} (160)")
+    parser.add_argument("--epochs", type=positive, nargs="+", default=[1, 3], help="of the rows (1 3)")
     parser.add_argument("--rates", type=float, nargs="+", help="those of the variants that are tried (all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data order and weights (0 1 2)")
     parser.add_argument("--averages", type=int, default=0, help="groups of four networks of the default (0)")
     parser.add_argument("--few-shot", type=int, default=0, help="few-shot examples before each row (0)")
     arguments = parser.parse_args()
-    task = load("gsm8k", smollm2_tokenizer(), arguments.data, arguments.few_shot)
-    sets = {"train": task.train[:160], "validation": task.validation[:32], "test": task.test[:60]}
-    prefix = f"few-shot-{arguments.few_shot}-" if arguments.few_shot else ""
-    folders = {of: stored(f"{prefix}{of}-{len(found)}", found, lambda: smollm2(False)[0]) for of, found in sets.items()}
-    run = Runs(
-        Search(folders["train"], {of: Rows.of(folder) for of, folder in folders.items()}),
-        {f"{of}_rows": len(found) for of, found in sets.items()} | {"few_shot_examples": arguments.few_shot},
-    )
+    if arguments.rows > MOST_ROWS:
+        parser.error(f"rows is {arguments.rows}; choose at most {MOST_ROWS}.")
+    most = MOST_ROWS if arguments.base == FLOAT32 else arguments.rows
+    parts, folder = states_of(arguments.base, arguments.few_shot, arguments.data, most)
+    parts["train"].rows = parts["train"].rows[: arguments.rows]
+    sets = {"base": arguments.base, "few_shot_examples": arguments.few_shot}
+    run = Runs(Search(folder, parts), sets | {f"{of}_rows": len(found.rows) for of, found in parts.items()})
     for epochs in arguments.epochs:
         for name in arguments.variants:
             tried = [rate for rate in VARIANTS[name].rates if rate in (arguments.rates or VARIANTS[name].rates)]
@@ -271,6 +268,16 @@ def main() -> None:
             if name == DEFAULT:
                 for group in range(arguments.averages):
                     run.averages(best["rate"], epochs, group)
+
+
+def states_of(base: str, few_shot: int, data: Path, most: int) -> tuple[dict[str, Rows], Path]:
+    """States of the training rows, `most` of them, and of the validation and test rows; in float32 for every amount."""
+    task = load("gsm8k", smollm2_tokenizer(), data, few_shot)
+    sets = {"train": task.train[:most], "validation": task.validation[:32], "test": task.test[:60]}
+    model = cache(lambda: smollm2(False)[0] if base == FLOAT32 else dense(load_named(base)))
+    prefix = f"gains-{base}-{few_shot}".replace(" ", "-").replace(",", "").lower()
+    folders = {of: stored(f"{prefix}-{of}-{len(found)}", found, model) for of, found in sets.items()}
+    return {of: Rows.of(folder) for of, folder in folders.items()}, folders["train"]
 
 
 if __name__ == "__main__":

@@ -7,16 +7,18 @@ stands still during evaluation.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, TrainerState
 
 from benchmarks import methods
 from benchmarks.common import NF4, checkpoint
 from benchmarks.quality.tasks import Batch, Task
 from benchmarks.step import seconds
+from qtuning_peft import HiddenStateCacheCallback
 from qtuning_peft.loss import IGNORE_INDEX, chunked_cross_entropy
 from qtuning_peft.states import cache_states, common_prefix, reuse_of
 from qtuning_peft.trainer import ROWS
@@ -44,6 +46,7 @@ class Learner:
         seed: Of new weights.
         epochs: With several, a side network caches the base's hidden states in the first.
         base: To train beside; else it is loaded as the method asks.
+        states: Folder for a side network's cache, which later runs read; else it is in memory.
 
     Attributes:
         peak: Bytes of a GPU at the peak of a step, everything in the process included; 0 on a CPU.
@@ -58,8 +61,10 @@ class Learner:
         seed: int,
         epochs: float = 1,
         base: Any = None,
+        states: Path | None = None,
     ) -> None:
         self.method, self.task, self.rate, self.steps = method, task, rate, steps
+        self.keeps_states = method.is_side and states is not None
         self.step_number, self.clock, self.tokens, self.peak = 0, 0.0, 0, 0
         base = load_base(task, method.four_bit, seed) if base is None else base
         torch.manual_seed(seed)
@@ -71,6 +76,8 @@ class Learner:
             assert reuse is not None
             reuse.cache_prefix(common_prefix(task.train[:ROWS]))
             cache_states(self.model, HIDDEN_STATE_CACHE if epochs > 1 else 0)
+            if self.keeps_states:
+                HiddenStateCacheCallback(folder=states).on_train_begin(None, TrainerState(), None, model=self.model)
 
     def step(self, batch: Batch) -> None:
         """One step; the clock runs."""
@@ -101,14 +108,20 @@ class Learner:
 
     @torch.no_grad()
     def measure(self, batches: list[Batch]) -> float:
-        """Nats per supervised token, or accuracy. No method here has dropout: the model stays in training mode."""
+        """Nats per supervised token, or accuracy.
+
+        No method here has dropout: the model stays in training mode, in which no kernel is switched. The prompt prefix
+        is reused, as where a model is served, and so are states in a folder, which takes a pass with gradients.
+        """
         if self.task.labels is None:
             total = sum(self._loss(batch, num_items=1).item() for batch in batches)
             return total / sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
         right = 0
         for batch in batches:
             inputs = {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
-            right += int((self.model(**inputs).logits.argmax(-1).cpu() == batch["labels"]).sum())
+            with torch.set_grad_enabled(self.keeps_states):
+                logits = self.model(**inputs).logits
+            right += int((logits.argmax(-1).cpu() == batch["labels"]).sum())
         return right / sum(len(batch["labels"]) for batch in batches)
 
 

@@ -15,7 +15,7 @@ from benchmarks import rows
 from benchmarks.common import HERE
 from benchmarks.document import Lines, Tables, main, markdown, newest, not_measured, plot, source
 from benchmarks.methods import METHODS
-from benchmarks.quality import gains, targets, write_back_page
+from benchmarks.quality import few_shot, gains, targets, write_back_page
 from benchmarks.quality.ablations import ABLATIONS
 from benchmarks.quality.grid import TASKS
 from benchmarks.quality.targets import ACCURACY, SEEDS, Seeds
@@ -28,14 +28,15 @@ WHAT = ["task", "rows x epochs", "method", "base", "few-shot examples", "learnin
 PEAK = "peak memory of a step, GiB"
 
 
-def runs(tested: bool, gpu: bool = False) -> list[Seeds]:
+def runs(tested: bool, where: str = "cpu") -> list[Seeds]:
     """Rows of one task, method, rate and number of rows, a row per seed: those with a test result, or those without.
 
-    Those of CPUs, or those of GPUs; one group never has rows of two.
+    Those of CPUs ("cpu"), of GPUs ("gpu"), or of CPUs from states in a folder ("states"), whose times are their own.
     """
     groups: dict[tuple[str, ...], Seeds] = {}
     for row in rows.read("quality"):
-        if (row["test"] is not None) == tested and (row["environment"]["threads"] is None) == gpu:
+        own = "states" if row.get("states") else "gpu" if row["environment"]["threads"] is None else "cpu"
+        if (row["test"] is not None) == tested and own == where:
             names = ("task", "rows", "epochs", "method", "few_shot_examples", "options", "learning_rate")
             group = (*(str(row.get(name, 0)) for name in names), row["environment"]["device"])
             groups.setdefault(group, []).append(row)
@@ -155,7 +156,8 @@ def plots(images: Path, groups: list[Seeds], memory: dict[str, float]) -> list[s
 
 def rates(images: Path) -> str:
     """Learning rates that were tried; not their times, as other work may run beside such a search."""
-    groups = runs(tested=False)
+    groups = runs(tested=False) + runs(tested=False, where="states")
+    groups = [group for group in groups if group[0]["validation_rows"] >= 32]  # others were run for their times
     if not groups:
         return not_measured(TRAIN)
     lines = [[*what(group[0]), spread(row["validation"] for row in group)] for group in groups]
@@ -184,33 +186,44 @@ def ablations(images: Path) -> str:
 
 
 def tasks(images: Path) -> str:
-    """GPUs' test results of every task of `benchmarks.quality.grid`, LoRA beside side networks, a table per device."""
-    groups = [group for group in runs(tested=True, gpu=True) if not group[0].get("few_shot_examples")]
-    parts = []
-    for device in sorted({group[0]["environment"]["device"] for group in groups}):
-        here = best([group for group in groups if group[0]["environment"]["device"] == device])
-        lines: list[list[object]] = []
-        for task in TASKS:
-            for method, precision in (("lora", "float32"), ("side", "float32"), ("qlora", "NF4"), ("side", "NF4")):
-                found = [g for g in here if (g[0]["task"], g[0]["method"], base(g[0])) == (task, method, precision)]
-                lines += [task_line(group) for group in found]
-                if not found and precision == "float32":
-                    lines.append([task, method, precision, *["-"] * 3, "not measured", "not measured", "-", "-"])
-        header = ["task", "method", "base", "rows x epochs", "learning rate", "seeds", "validation", "test", "majority"]
-        verdicts = [f"{line[0]}: {line[4]}" for line in targets.of_accuracy(here)]
-        met = [f"Within 1 point of LoRA, mean of three seeds: {'; '.join(verdicts)}."] * bool(verdicts)
-        parts += [markdown([*header, "peak memory, GiB"], lines), *met, origin(here)]
-    return "\n\n".join(parts) or not_measured(GRID)
+    """Test results of the tasks that LoRA and side networks were measured on, whatever the machine."""
+    groups = [group for group in runs(tested=True, where="gpu") if not group[0].get("few_shot_examples")]
+    groups = best(groups + runs(tested=True, where="states"))
+    lines = [task_line(group) for group in groups] + stored_lines()
+    both = [task for task in TASKS if {"lora", "side"} <= {line[2] for line in lines if line[0] == task}]
+    if not both:
+        return not_measured(GRID)
+    shown = [line for task in both for line in sorted(lines, key=lambda line: str(line[2:5])) if line[0] == task]
+    verdicts = [f"{line[0]}: {line[4]}" for line in targets.of_accuracy(groups)]
+    met = [f"Within 1 point of LoRA, mean of three seeds: {'; '.join(verdicts)}."] * bool(verdicts)
+    header = [*WHAT, "seeds", "validation", "test", "majority", "peak memory, GiB", "machine"]
+    return "\n\n".join([markdown(header, shown), *met, origin(groups)])
 
 
 def task_line(group: Seeds) -> list[object]:
     """A line of `tasks`."""
-    _, amount, _, precision, _, rate = what(group[0])
     majority, memory = group[0]["majority"], [row["peak_allocated"] for row in group if row["peak_allocated"]]
     return [
-        group[0]["task"], group[0]["method"], precision, amount, rate, len(group),
-        spread(row["validation"] for row in group), spread(row["test"] for row in group),
+        *what(group[0]), len(group), spread(row["validation"] for row in group), spread(row["test"] for row in group),
         "-" if majority is None else f"{majority:.4f}", f"{max(memory) / 2**30:.2f}" if memory else "-",
+        group[0]["environment"]["device"],
+    ]  # fmt: skip
+
+
+def stored_lines() -> list[list[object]]:
+    """Lines of `tasks`, of `benchmarks.quality.stored_task`."""
+    groups: dict[tuple[object, ...], Seeds] = {}
+    for row in rows.read("stored_task"):
+        amount = f"{row['rows']} x {row['epochs']}"
+        groups.setdefault((row["task"], amount, f"{row['learning_rate']:g}"), []).append(row)
+    return [
+        [
+            task, amount, "side", "float32", "-", rate, len(group),
+            *(spread(row[part]["loss"] for row in group) for part in ("validation", "test")), "-", "-",
+            group[0]["environment"]["device"],
+        ]
+        for (task, amount, rate), group in groups.items()
+        if len(group) == max(len(other) for (own, *_), other in groups.items() if own == task)
     ]  # fmt: skip
 
 
@@ -222,7 +235,8 @@ def target_table(images: Path) -> str:
 
 TABLES: Tables = {
     "summary": summary, "targets": target_table, "results": results, "rates": rates, "ablations": ablations,
-    "tasks": tasks, "steps": write_back_page.steps, "write-back": write_back_page.write_back, "gains": gains.table,
+    "tasks": tasks, "steps": write_back_page.steps, "write-back": write_back_page.write_back,
+    "gains": gains.table, "few-shot": few_shot.table,
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks import rows
 from benchmarks.common import checkpoint, smollm2_tokenizer
-from benchmarks.quality.from_states import RATE, Rows, fresh, loss, stored, train
+from benchmarks.quality.from_states import RATE, Rows, batches_of, fresh, learn, loss, stored
 from benchmarks.quality.tasks import Task, load
 from benchmarks.quantizers import QUANTIZERS, auto_round, full_precision, gptq, stored_bytes
 from benchmarks.step import positive, seconds
@@ -90,7 +90,8 @@ def measure(name: str, task: Task, arguments: argparse.Namespace) -> Iterator[ro
     untrained = fresh(folders["train"], 0)
     before = {of: loss(untrained, parts[of]) for of in ("validation", "test")}
     for seed in arguments.seeds:
-        trained = train(folders["train"], parts["train"], arguments.epochs, seed)
+        trained = fresh(folders["train"], seed)
+        learn(trained, batches_of(parts["train"], arguments.epochs, seed))
         yield {
             "base": name, "package": QUANTIZERS[name].version() if name in QUANTIZERS else None, "task": task.name,
             "bytes": loaded, "running_bytes": stored_bytes(base), "speed": speed, "rows": arguments.rows,

@@ -94,11 +94,8 @@ def load(name: str, tokenizer: Any, folder: Path | None, few_shot_examples: int 
     Raises:
         ValueError: when there is none, or its files are not in `folder`.
     """
-    texts, shown = texts_of(name, folder), copy(tokenizer)
-    if few_shot_examples:
-        examples = texts.train[-few_shot_examples:]
-        turns = [(role, row[key]) for row in examples for role, key in (("user", "question"), ("assistant", "answer"))]
-        add_few_shot_examples(shown, [{"role": role, "content": content} for role, content in turns])
+    texts = texts_of(name, folder)
+    shown = behind_examples(tokenizer, texts.train[-few_shot_examples:] if few_shot_examples else [])
     before = len(_prompt(shown, "")) - len(_prompt(tokenizer, ""))
 
     def encoded(row: dict[str, Any]) -> Encoded:
@@ -109,6 +106,15 @@ def load(name: str, tokenizer: Any, folder: Path | None, few_shot_examples: int 
 
     parts = [[encoded(row) for row in part[:most]] for part in (texts.train, texts.validation, texts.test)]
     return Task(name, texts.labels, *parts, padding=tokenizer.pad_token_id, few_shot_examples=before)
+
+
+def behind_examples(tokenizer: Any, examples: list[dict[str, Any]]) -> Any:
+    """A copy of the tokenizer that puts these rows, as turns, before every conversation."""
+    shown = copy(tokenizer)
+    if examples:
+        turns = [(role, row[key]) for row in examples for role, key in (("user", "question"), ("assistant", "answer"))]
+        add_few_shot_examples(shown, [{"role": role, "content": content} for role, content in turns])
+    return shown
 
 
 def _prompt(tokenizer: Any, question: str) -> list[int]:

@@ -79,7 +79,7 @@ def run_of(entrant: Entrant, seed: int, arguments: argparse.Namespace) -> rows.R
         "options": entrant.method.options(), "learning_rate": entrant.rate,
         "few_shot_examples": entrant.few_shot_examples, "seed": seed, "rows": arguments.rows,
         "epochs": arguments.epochs, "batch": arguments.batch, "validation_rows": arguments.validation_rows,
-        "test_rows": arguments.test_rows, "workers": arguments.workers,
+        "test_rows": arguments.test_rows, "workers": arguments.workers, "states": arguments.states is not None,
     }  # fmt: skip
 
 
@@ -114,6 +114,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--validation-rows", type=positive, default=100, help="rows of an evaluation (100)")
     result.add_argument("--test-rows", type=positive, metavar="ROWS", help="test rows, evaluated at the end (none)")
     result.add_argument("--seeds", type=int, nargs="+", default=[0], help="of data order and new weights (0)")
+    result.add_argument("--states", type=Path, metavar="FOLDER", help="side networks keep the base's states there, and "
+                        "later runs read them: their times are not comparable (none)")  # fmt: skip
     result.add_argument("--workers", type=positive, default=1, help="processes that train on this machine now (1)")
     return result
 
@@ -151,9 +153,10 @@ def train(tasks: dict[int, Task], wanted: list[Entrant], seed: int, arguments: a
     if not left:
         return
     learners = [
-        (run, Learner(entrant.method, tasks[entrant.few_shot_examples], entrant.rate, steps, seed, arguments.epochs))
+        (run, Learner(entrant.method, tasks[entrant.few_shot_examples], entrant.rate, steps, seed, arguments.epochs,
+                      states=arguments.states))
         for run, entrant in left
-    ]
+    ]  # fmt: skip
     source = rows.provenance()
     curves: list[list[list[float]]] = [[] for _ in learners]
 
