@@ -177,6 +177,17 @@ def test_a_classifier_reads_the_last_token_of_whole_rows() -> None:
     assert lengths == [PREFIX, 12]
 
 
+def test_an_evaluation_of_the_loss_alone_reuses_it() -> None:
+    """As that of `SideTuningTrainer`, which asks for no logits."""
+    model, inputs = side_tuned().eval(), batch()
+    with torch.no_grad():
+        expected = chunked_cross_entropy(model, **inputs)
+        reuse_of(model).cache_prefix(inputs["input_ids"][0, :PREFIX].tolist())
+        lengths = passed_lengths(model)
+        torch.testing.assert_close(chunked_cross_entropy(model, **inputs), expected, rtol=1e-5, atol=1e-6)
+    assert lengths == [PREFIX, 12]
+
+
 def test_a_model_is_copied_without_what_was_kept() -> None:
     """A copy computes the prefix itself."""
     model, inputs = side_tuned(), batch()

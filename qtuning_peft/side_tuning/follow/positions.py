@@ -61,8 +61,9 @@ class AtPositions:
     def _refuse_reading(self, gradient: Tensor) -> None:
         if bool((gradient.ne(0).any(-1) & ~self.read.to(gradient.device)).any()):
             raise RuntimeError(
-                "The loss reads positions that its labels do not supervise, where the side network did not run; give "
-                "the model no labels, and compute the loss from its logits."
+                "The loss reads positions that its labels do not supervise (of a classifier: other than a row's last "
+                "token), where the side network did not run; give the model no labels, and compute the loss from its "
+                "logits, or read a classifier's logits at the last token."
             )
 
 
