@@ -31,11 +31,13 @@ PEAK = "peak memory of a step, GiB"
 def runs(tested: bool, where: str = "cpu") -> list[Seeds]:
     """Rows of one task, method, rate and number of rows, a row per seed: those with a test result, or those without.
 
-    Those of CPUs ("cpu"), of GPUs ("gpu"), or of CPUs from states in a folder ("states"), whose times are their own.
+    Those of CPUs ("cpu"), of GPUs ("gpu"), and those of CPUs whose times say nothing: from states in a folder
+    ("states"), or beside other processes ("shared").
     """
     groups: dict[tuple[str, ...], Seeds] = {}
     for row in rows.read("quality"):
-        own = "states" if row.get("states") else "gpu" if row["environment"]["threads"] is None else "cpu"
+        shared = "shared" if row.get("workers", 1) > 1 else "cpu"
+        own = "states" if row.get("states") else "gpu" if row["environment"]["threads"] is None else shared
         if (row["test"] is not None) == tested and own == where:
             names = ("task", "rows", "epochs", "method", "few_shot_examples", "options", "learning_rate")
             group = (*(str(row.get(name, 0)) for name in names), row["environment"]["device"])
@@ -97,7 +99,8 @@ def peak(row: Row, memory: dict[str, float]) -> float | None:
 def costs(group: Seeds, memory: dict[str, float]) -> list[str]:
     """Seconds of training, and the peak of a step."""
     gib = peak(group[0], memory)
-    return [f"{targets.seconds(group):.0f}", "-" if gib is None else f"{gib:.2f}"]
+    alone = group[0].get("workers", 1) == 1
+    return [f"{targets.seconds(group):.0f}" if alone else "-", "-" if gib is None else f"{gib:.2f}"]
 
 
 def origin(groups: list[Seeds]) -> str:
@@ -129,7 +132,7 @@ def results(images: Path) -> str:
             *what(group[0]), len(group), f"{group[0]['trained_parameters'] / 1e6:.2f}", *costs(group, memory),
             spread(row["validation"] for row in group), spread(row["test"] for row in group),
         ]
-        for group in groups
+        for group in groups + runs(tested=True, where="shared")
     ]  # fmt: skip
     header = [*WHAT, "seeds", "trained, million", "training, s", PEAK, "validation", "test"]
     return "\n\n".join([markdown(header, lines), origin(groups), *plots(images, groups, memory)])
