@@ -87,6 +87,17 @@ def final_states(model: Any, found: Rows) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
+def predictions(model: Any, found: Rows) -> tuple[Tensor, Tensor]:
+    """Error in nats and whether the likeliest token is right, of every supervised token, (tokens,) each."""
+    head, errors, right = causal_model(model).get_output_embeddings(), [], []
+    for states, targets in final_states(model, found):
+        logits = head(states).float()
+        errors.append(nn.functional.cross_entropy(logits, targets, reduction="none"))
+        right.append(logits.argmax(-1) == targets)
+    return torch.cat(errors), torch.cat(right)
+
+
+@torch.no_grad()
 def loss(model: Any, found: Rows) -> float:
     """Nats per supervised token."""
     total = tokens = 0.0

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
-from torch import Tensor, nn
 
 from benchmarks.common import smollm2, smollm2_tokenizer
 from benchmarks.gsm8k import encode
 from benchmarks.noise import TOGETHER, corrupted
 from benchmarks.quality.few_shot import errors
-from benchmarks.quality.from_states import Rows, final_states, fresh, stored
+from benchmarks.quality.from_states import Rows, final_states, fresh, predictions, stored
 from benchmarks.quality.tasks import MAX_LENGTH, behind_examples, load
 from benchmarks.quality.texts import texts_of
 from qtuning_peft import load_states
@@ -80,9 +79,9 @@ class Data:
         """Means over the supervised tokens."""
         (errors, right), (dolly, dolly_right) = (predictions(model, self._tests[of]) for of in ("GSM8K", "Dolly"))
         return {
-            "loss": errors.mean().item(), "accuracy": right.mean().item(),
+            "loss": errors.mean().item(), "accuracy": right.float().mean().item(),
             "easy": errors[~self._hard].mean().item(), "hard": errors[self._hard].mean().item(),
-            "dolly_loss": dolly.mean().item(), "dolly_accuracy": dolly_right.mean().item(),
+            "dolly_loss": dolly.mean().item(), "dolly_accuracy": dolly_right.float().mean().item(),
             "choice_accuracy": choice_accuracy(model, self._choices),
         }  # fmt: skip
 
@@ -113,17 +112,6 @@ def spoilt_rows(texts: list[dict[str, Any]]) -> list[dict[str, Any]]:
         row | {"answer": corrupted(TOGETHER[index % len(TOGETHER)], row["answer"], draw.choice(texts)["answer"], draw)}
         for index, row in enumerate(texts)
     ]
-
-
-@torch.no_grad()
-def predictions(model: Any, found: Rows) -> tuple[Tensor, Tensor]:
-    """Error in nats and whether the likeliest token is right, of every supervised token, (tokens,)."""
-    head, errors, right = causal_model(model).get_output_embeddings(), [], []
-    for states, targets in final_states(model, found):
-        logits = head(states).float()
-        errors.append(nn.functional.cross_entropy(logits, targets, reduction="none"))
-        right.append(logits.argmax(-1) == targets)
-    return torch.cat(errors), torch.cat(right).float()
 
 
 @torch.no_grad()

@@ -14,30 +14,20 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn import functional as F
-
 from benchmarks import methods, rows
 from benchmarks.common import smollm2, smollm2_tokenizer
-from benchmarks.quality.from_states import Rows, batches_of, final_states, fresh, learn, stored, vocabulary_of
+from benchmarks.quality.from_states import Rows, batches_of, fresh, learn, predictions, stored, vocabulary_of
 from benchmarks.quality.tasks import load
 from benchmarks.step import positive
-from qtuning_peft.head import causal_model
 
 NAME = "stored_task"
 
 
-@torch.no_grad()
 def measured(model: Any, found: Rows) -> dict[str, float]:
     """Nats per supervised token, and the share of exact rows."""
-    head = causal_model(model).get_output_embeddings()
-    errors, right = [], []
-    for states, targets in final_states(model, found):
-        logits = head(states).float()
-        errors.append(F.cross_entropy(logits, targets, reduction="none"))
-        right.append(logits.argmax(-1) == targets)
-    of_rows = torch.cat(right).split([len(labels) for _, labels in found.rows])
-    return {"loss": torch.cat(errors).mean().item(), "exact": sum(bool(row.all()) for row in of_rows) / len(of_rows)}
+    errors, right = predictions(model, found)
+    of_rows = right.split([len(labels) for _, labels in found.rows])
+    return {"loss": errors.mean().item(), "exact": sum(bool(row.all()) for row in of_rows) / len(of_rows)}
 
 
 def main() -> None:

@@ -133,7 +133,7 @@ class SideTuningModel(BaseTuner):
             return nullcontext()
         of_rows = type(self.model).__name__.endswith("ForSequenceClassification")
         if of_rows and given.get("input_ids") is not None:
-            return reading_last(given["input_ids"], self.model.config.pad_token_id)
+            return reading_last(given["input_ids"], self.model.config.get_text_config().pad_token_id)
         # Evaluation returns logits of all positions.
         return reading_labels(given.get("labels")) if self.training and is_causal(self.model) else nullcontext()
 
