@@ -53,6 +53,24 @@ class PrefixCachingCallback(TrainerCallback):
             reuse.cache_prefix([])
 
 
+def store_in(folder: str | Path, model: nn.Module) -> Store | int:
+    """The store of `folder` for the active side network of `model`, to be read and written; 0 where there is none.
+
+    Raises:
+        ValueError: when `folder` has stored states of another base or of other blocks.
+    """
+    folder, follower = Path(folder), follower_of(model)
+    network = None if follower is None else follower.host.active_network()
+    if follower is None or network is None:
+        return 0
+    if holds_states(folder):
+        return StoredRows(folder, causal_model(model), network.layers)
+    # Not those of a head, which a classifier starts anew.
+    own = "-".join([weights_of(follower.decoder), *map(str, sorted(network.layers))])
+    parts, width = len(network.layers) + 2, network.mix.up_proj.out_features
+    return FolderStore(folder / xxhash.xxh3_64_hexdigest(own.encode()), parts, width)
+
+
 class HiddenStateCacheCallback(TrainerCallback):
     """Caches the base's hidden states, so that epochs after the first cost the side network alone.
 
@@ -78,27 +96,13 @@ class HiddenStateCacheCallback(TrainerCallback):
         """Begin to cache; in memory, if there is more than one epoch."""
         model = kwargs["model"]
         if self.folder is not None:
-            cache_states(model, self._store(model, self.folder))
+            cache_states(model, store_in(self.folder, model))
         elif state.num_train_epochs > 1:
             cache_states(model, round((self.gibibytes or 0) * 2**30))
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Free what is in memory."""
         cache_states(kwargs["model"], 0)
-
-    def _store(self, model: nn.Module, folder: Path) -> Store | int:
-        follower = follower_of(model)
-        network = None if follower is None else follower.host.active_network()
-        if network is None:
-            return 0
-        if holds_states(folder):
-            return StoredRows(folder, causal_model(model), network.layers)
-        assert follower is not None
-        # Not those of a head, which a classifier starts anew.
-        own = "-".join([weights_of(follower.decoder), *map(str, sorted(network.layers))])
-        return FolderStore(
-            folder / xxhash.xxh3_64_hexdigest(own.encode()), len(network.layers) + 2, network.mix.up_proj.out_features
-        )
 
 
 class SideTuningTrainer(Trainer):

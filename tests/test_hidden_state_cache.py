@@ -15,6 +15,7 @@ from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from qtuning_peft import HiddenStateCacheCallback, SideTuningConfig, SideTuningTrainer, compute_states
 from qtuning_peft.states import cache_states, reuse_of
+from qtuning_peft.trainer import store_in
 
 PLENTY = 2**30
 
@@ -223,7 +224,7 @@ def test_stored_states_are_read_by_a_live_trainer(tmp_path: Path) -> None:
         trained_from(tmp_path / "states", tmp_path / "out", tap_every=2)
     other = get_peft_model(tiny(), config).train()
     with pytest.raises(ValueError, match="whose weights are not this base's"):
-        HiddenStateCacheCallback(folder=tmp_path / "states")._store(other, tmp_path / "states")
+        store_in(tmp_path / "states", other)
 
 
 def test_memory_or_a_folder() -> None:

@@ -477,6 +477,13 @@ def test_a_table_of_tasks_has_those_that_both_were_measured_on(tmp_path: Path) -
     shown = [[line[column].strip() for column in (2, 4, -1)] for line in lines]
     assert shown == [["lora", "-", "one"], ["side", "16", "other"]]
     assert "| mrpc | " not in page.tasks(tmp_path)
+    measured("extraction", "lora", "one")
+    text = {"task": "extraction", "rows": 2000, "epochs": 3, "environment": {"device": "other"}}
+    for rate, seed in ((1e-3, 0), (2e-3, 0), (2e-3, 1)):  # what was tried with one seed alone is not shown
+        losses = {of: {"loss": 0.5} for of in ("validation", "test")}
+        rows.append("stored_task", {**text, "learning_rate": rate, "seed": seed, **losses})
+    line = "| extraction | 2000 x 3 | side | float32 | - | 0.002 | 2 | 0.5000 ± 0.0000 | 0.5000 ± 0.0000 |"
+    assert page.tasks(tmp_path).count("| extraction | 2000 x 3 ") == page.tasks(tmp_path).count(line) == 1
     assert page.runs(tested=True) == []
 
 

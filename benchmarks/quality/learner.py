@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, TrainerState
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from benchmarks import methods
 from benchmarks.common import NF4, checkpoint
 from benchmarks.quality.tasks import Batch, Task
 from benchmarks.step import seconds
-from qtuning_peft import HiddenStateCacheCallback
 from qtuning_peft.loss import IGNORE_INDEX, chunked_cross_entropy
 from qtuning_peft.states import cache_states, common_prefix, reuse_of
-from qtuning_peft.trainer import ROWS
+from qtuning_peft.trainer import ROWS, store_in
 
 WARM_UP = 0.1
 HIDDEN_STATE_CACHE = 8 * 2**30  # bytes
@@ -75,9 +74,8 @@ class Learner:
             reuse = reuse_of(self.model)
             assert reuse is not None
             reuse.cache_prefix(common_prefix(task.train[:ROWS]))
-            cache_states(self.model, HIDDEN_STATE_CACHE if epochs > 1 else 0)
-            if self.keeps_states:
-                HiddenStateCacheCallback(folder=states).on_train_begin(None, TrainerState(), None, model=self.model)
+            in_memory = HIDDEN_STATE_CACHE if epochs > 1 else 0
+            cache_states(self.model, in_memory if states is None else store_in(states, self.model))
 
     def step(self, batch: Batch) -> None:
         """One step; the clock runs."""
