@@ -296,3 +296,12 @@ def test_what_it_says_of_adding_a_choice_is_enough() -> None:
     )
     finished = run_in(ROOT, f"{additions}\n{check}")
     assert finished.returncode == 0, finished.stderr[-2000:]
+
+
+def test_every_package_is_installed() -> None:
+    listed = re.search(r"^packages = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M | re.S)
+    assert listed is not None
+    folders = [file.parent.relative_to(ROOT) for file in (ROOT / "qtuning_peft").rglob("__init__.py")]
+    beside = [file.parent for top in ("integrations", "recipes") for file in (ROOT / top).rglob("__init__.py")]
+    folders += [Path("qtuning_peft") / folder.relative_to(ROOT) for folder in beside]
+    assert sorted(re.findall(r'"(.+?)"', listed[1])) == sorted(".".join(folder.parts) for folder in folders)
