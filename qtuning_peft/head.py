@@ -6,6 +6,7 @@ A vocabulary is wide, and most of the memory of a naive loss or score is logits 
 head as a function of hidden states never needs those of a whole batch.
 """
 
+import inspect
 from collections.abc import Callable
 from copy import copy
 from typing import Any
@@ -40,6 +41,12 @@ def is_causal(model: nn.Module) -> bool:
     return head is not None and getattr(model, "get_decoder", lambda: None)() not in (None, model)
 
 
+def read_in_front(base: Any) -> set[str]:
+    """Names of arguments that the model reads in front of its decoder, which does not know them: pictures, for one."""
+    own, decoders = (set(inspect.signature(module.forward).parameters) for module in (base, base.get_decoder()))
+    return own - decoders
+
+
 def positions_at_once(base: Any, elements: int) -> int:
     """How many positions' logits are at most `elements` numbers; at least one."""
     vocabulary = shape_of(base.get_output_embeddings().weight)[0]
@@ -55,7 +62,7 @@ def head_of(base: Any, output: Any) -> Callable[[Tensor], Tensor]:
     The function raises a `ValueError` when the model's `forward` does not go through its decoder.
     """
     decoder = base.get_decoder()
-    stand_in = _StandIn(output)
+    stand_in = _StandIn(output, decoder)
     twin = _with(base, next(path for path, module in base.named_modules() if module is decoder), stand_in)
 
     def head(hidden_states: Tensor) -> Tensor:
@@ -69,17 +76,21 @@ def head_of(base: Any, output: Any) -> Callable[[Tensor], Tensor]:
 
 
 class _StandIn(nn.Module):
-    """Returns `output` with other hidden states, (1, tokens, d), once."""
+    """Returns `output` with other hidden states, (1, tokens, d), once; has all else of the decoder it stands for."""
 
-    def __init__(self, output: Any) -> None:
+    def __init__(self, output: Any, decoder: nn.Module) -> None:
         super().__init__()
-        self.output = output
+        self.output, self.decoder = output, (decoder,)  # not as a submodule
         self.hidden_states: Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         result = copy(self.output)
         result["last_hidden_state"], self.hidden_states = self.hidden_states, None
         return result
+
+    def __getattr__(self, name: str) -> Any:
+        # Such as the embeddings, which vision-language models ask their decoder for.
+        return getattr(self.decoder[0], name)
 
 
 def _with(module: nn.Module, path: str, replacement: nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .head import causal_model, head_of, positions_at_once
+from .head import causal_model, head_of, positions_at_once, read_in_front
 from .reading import IGNORE_INDEX, reading_labels
 from .sharding import most
 
@@ -38,8 +38,13 @@ def chunked_cross_entropy(
 
     Returns:
         The loss, a float32 scalar; zero for a batch without supervised tokens.
+
+    Raises:
+        ValueError: for inputs that the decoder does not read, such as pictures: its head alone would not see them.
     """
     base = causal_model(model)
+    if unread := sorted(read_in_front(base) & {name for name, value in inputs.items() if value is not None}):
+        raise ValueError(f"{unread[0]} is not read by the decoder of {type(base).__name__}; use the model's own loss.")
     with reading_labels(labels):
         output = base.get_decoder()(input_ids=input_ids, use_cache=False, **inputs)
     hidden_states, targets = supervised_positions(output.last_hidden_state, labels)

@@ -51,7 +51,11 @@ def reading_last(input_ids: Tensor, padding: int | None) -> Iterator[None]:
     `input_ids` are (batch, length); the last token is the last that is not `padding`, as transformers' classifiers
     have it.
     """
-    with _declared(lambda: input_ids.shape[-1], lambda: last_tokens(input_ids, padding)):
+
+    def first() -> int:
+        return int(last_tokens(input_ids, padding).int().argmax(-1).min()) + 1
+
+    with _declared(first, lambda: last_tokens(input_ids, padding)):
         yield
 
 

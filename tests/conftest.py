@@ -19,6 +19,8 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
     OPTConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -90,6 +92,22 @@ def tiny(family: str = "llama", seed: int = 0, **overrides: object) -> PreTraine
     """A random causal language model of `family`, in eval mode."""
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config_of(family, **overrides)).eval()
+
+
+def without_pictures() -> PreTrainedModel:
+    """A random Mllama, whose second block does not run where there are no pictures."""
+    text = {
+        "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "cross_attention_layers": [1], "bos_token_id": 1, "eos_token_id": 2,
+        "pad_token_id": 0,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_global_layers": 1, "attention_heads": 2, "image_size": 28,
+        "patch_size": 14, "intermediate_size": 32, "vision_output_dim": 64, "intermediate_layers_indices": [0],
+        "supported_aspect_ratios": [[1, 1]],
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return MllamaForConditionalGeneration(MllamaConfig(text_config=text, vision_config=vision)).eval()
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

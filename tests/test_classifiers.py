@@ -88,6 +88,20 @@ def test_examples_in_front_are_computed_once(training: bool) -> None:
     assert lengths == [PREFIX, 10, 10]
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_row_that_ends_with_the_prefix(training: bool) -> None:
+    """Its class is read within the prefix, of which no side network knows."""
+    model, inputs = classifier().train(training), batch()
+    inputs["attention_mask"][0, PREFIX:] = 0
+    inputs["input_ids"][0, PREFIX:] = model.config.pad_token_id
+    expected = gradients(model, inputs), model(**inputs).logits
+    reuse_of(model).cache_prefix(inputs["input_ids"][0, :PREFIX].tolist())
+    with torch.set_grad_enabled(training):
+        torch.testing.assert_close(model(**inputs).logits, expected[1], rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients(model, inputs).items():
+        torch.testing.assert_close(gradient, expected[0][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_the_cache_holds_one_position_of_a_row() -> None:
     model, inputs = classifier(), batch()
     expected = gradients(model, inputs)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, randomize_side_network, tiny, token_ids, word_tokenizer
+from conftest import FAMILIES, randomize_side_network, tiny, token_ids, without_pictures, word_tokenizer
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
@@ -370,3 +371,69 @@ def test_rearranged_tokens_are_scored(change: str) -> None:
     scored = score(data, tiny(), progress=False)
     assert scored["input_ids"][:] == data["input_ids"][:]
     np.testing.assert_allclose(scored["error"], EUScorer(tiny())(data[:])["error"], atol=1e-5)
+
+
+def rows_behind(prefix: int, count: int = 12) -> dict[str, list[list[int]]]:
+    """Rows that all begin with the same `prefix` tokens, which are not supervised."""
+    rows, shared = rows_of_tokens(count), list(range(3, 3 + prefix))
+    return {
+        "input_ids": [shared + row for row in rows["input_ids"]],
+        "labels": [[-100] * prefix + row for row in rows["labels"]],
+    }
+
+
+def read_tokens(model: torch.nn.Module) -> list[int]:
+    """Tokens of every pass of the decoder from now on, padding included."""
+    seen: list[int] = []
+    model.get_decoder().register_forward_pre_hook(  # type: ignore[operator]
+        lambda module, args, inputs: seen.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    return seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_shared_prefix_is_computed_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = tiny(family), rows_behind(20)
+    seen = read_tokens(model)
+    states = SideTuningConfig(reduction_factor=4, task_type="CAUSAL_LM")
+    options: dict[str, Any] = {"scores": ("el2n",), "states": states, "states_format": "float32"}
+    found = EUScorer(model, tokens_per_batch=100, **options)(rows)
+    reused, seen[:] = sum(seen), []
+    monkeypatch.setattr(batching, "prefix_of", lambda *_: None)
+    expected = EUScorer(model, tokens_per_batch=100, **options)(rows)
+    assert reused < 0.5 * sum(seen)
+    for name in ("error", "uncertainty", "el2n"):
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-4, rtol=0)
+    for row, other in zip(found["states"], expected["states"], strict=True):
+        np.testing.assert_allclose(np.frombuffer(row, np.float32), np.frombuffer(other, np.float32), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("attends", [False, True])
+def test_a_shared_prefix_under_an_adapter(attends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SideTuningConfig(reduction_factor=4, side_attention=attends, task_type="CAUSAL_LM")
+    model, rows = get_peft_model(tiny(), config), rows_behind(20)
+    randomize_side_network(model)
+    seen = read_tokens(model.get_base_model())
+    found = EUScorer(model)(rows)
+    # Side blocks that attend need the prefix's own states.
+    assert (20 in seen) is not attends
+    monkeypatch.setattr(batching, "prefix_of", lambda *_: None)
+    np.testing.assert_allclose(found["error"], EUScorer(model)(rows)["error"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        without_pictures,
+        lambda: tiny("gemma3", use_bidirectional_attention=True),
+        lambda: tiny(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
+    ],
+    ids=["skipped blocks", "both directions", "dynamic positions"],
+)
+def test_a_prefix_that_cannot_be_reused(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, rows = make().eval(), rows_behind(20)
+    found = EUScorer(model)(rows)
+    monkeypatch.setattr(batching, "prefix_of", lambda *_: None)
+    np.testing.assert_array_equal(found["error"], EUScorer(model)(rows)["error"])
+    assert np.isfinite(found["error"]).all()

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, config_of, randomize_side_network, side_parameters, tiny, token_ids, word_tokenizer
+from conftest import (
+    FAMILIES,
+    config_of,
+    randomize_side_network,
+    side_parameters,
+    tiny,
+    token_ids,
+    without_pictures,
+    word_tokenizer,
+)
 from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification, DataCollatorForSeq2Seq, TrainingArguments
@@ -328,3 +337,17 @@ def test_trl_renders_few_shot_examples_and_computes_them_once(tmp_path: Any) -> 
     # Two examples of 9 tokens and the marker of the question; then its two words, a marker, the answer and its end.
     assert lengths[0] == 19
     assert lengths[1] < 10
+
+
+def test_blocks_that_do_not_run_keep_nothing_of_a_prefix() -> None:
+    config = SideTuningConfig(reduction_factor=4, layers_to_transform=[0, 2, 3], task_type="CAUSAL_LM")
+    model = get_peft_model(without_pictures(), config).train()
+    randomize_side_network(model)
+    inputs = batch()
+    expected, gradients = loss_and_gradients(model, inputs)
+    reuse: Any = reuse_of(model)
+    reuse.cache_prefix(inputs["input_ids"][0, :PREFIX].tolist())
+    loss, others = loss_and_gradients(model, inputs)
+    assert loss == expected
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=0, atol=0, msg=name)

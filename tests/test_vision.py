@@ -28,7 +28,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from qtuning_peft import HiddenStateCacheCallback, PrefixCachingCallback, SideTuningConfig, recipes
+from qtuning_peft import (
+    EUScorer,
+    HiddenStateCacheCallback,
+    PrefixCachingCallback,
+    SideTuningConfig,
+    SideTuningTrainer,
+    recipes,
+)
+from qtuning_peft.loss import chunked_cross_entropy
 from qtuning_peft.states import cache_states
 
 SIZE, PATCH = 8, 4  # of pictures, in pixels
@@ -140,6 +148,39 @@ def test_the_same_words_beside_another_picture_are_another_row() -> None:
     cache_states(model, 2**30)
     for _ in range(2):
         assert [model(**batch((name,))).loss.item() for name in COLOURS] == pytest.approx(plain, rel=1e-6)
+
+
+def test_chunked_loss_sees_the_pictures(tmp_path: Path) -> None:
+    model, inputs = side_tuned().train(), batch()
+    expected = model(**inputs)
+    assert model(**inputs, chunked_loss=True).loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    with pytest.raises(ValueError, match="pixel_values is not read by the decoder"):
+        chunked_cross_entropy(model, **inputs)
+    arguments = TrainingArguments(
+        tmp_path / "run", max_steps=1, per_device_train_batch_size=3, report_to=[], save_strategy="no", use_cpu=True,
+        remove_unused_columns=False, disable_tqdm=True,
+    )  # fmt: skip
+    data: Any = [{name: tensor[index] for name, tensor in inputs.items()} for index in range(3)]
+    found = SideTuningTrainer(model, arguments, train_dataset=data).train()
+    assert found.training_loss == pytest.approx(expected.loss.item(), rel=1e-5)
+
+
+def test_rows_without_pictures() -> None:
+    """Their logits are never all there, and their scores are those of the model's own logits."""
+    model, inputs = side_tuned().train(), batch()
+    inputs["input_ids"] = torch.randint(3, 9, inputs["input_ids"].shape, generator=torch.Generator().manual_seed(0))
+    inputs["labels"] = inputs["input_ids"]
+    del inputs["pixel_values"]
+    chunked = model(**inputs, chunked_loss=True)
+    assert chunked.logits is None
+    assert chunked.loss.item() == pytest.approx(model(**inputs).loss.item(), rel=1e-5)
+    rows = {"input_ids": inputs["input_ids"].tolist(), "labels": inputs["labels"].tolist()}
+    with torch.no_grad():
+        logits = base()(input_ids=inputs["input_ids"]).logits[:, :-1]
+    errors = torch.nn.functional.cross_entropy(logits.transpose(1, 2), inputs["labels"][:, 1:], reduction="none")
+    assert EUScorer(base())(rows)["error"] == pytest.approx(errors.mean(1).tolist(), rel=1e-5)
+    with pytest.raises(ValueError, match=r"Rows have pictures \(column images\)"):
+        EUScorer(base())(rows | {"images": [[]] * 3})
 
 
 def test_in_trls_own_path(tmp_path: Path) -> None:

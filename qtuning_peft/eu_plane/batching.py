@@ -1,23 +1,30 @@
 """Samples of all lengths through the model: sorted by length, in batches of a fixed number of tokens, back in order.
 
-The head runs on chunks of supervised positions, so the logits of a batch never exist at once.
+The head runs on chunks of supervised positions, so the logits of a batch never exist at once. What all samples begin
+with, a system prompt or few-shot examples, is computed once (see `states.prefix`).
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import Cache
 
 from ..evaluation import eval_mode
 from ..head import causal_model, head_of, positions_at_once
 from ..loss import IGNORE_INDEX, supervised_positions
 from ..reading import positions_that_predict
-from ..side_tuning.follow import AtPositions, BaseStates
+from ..sharding import is_sharded
+from ..side_tuning.follow import AtPositions, BaseStates, find_decoder, follower_of
 from ..side_tuning.peft.following import following
+from ..states.prefix import cache_name, caches_keys_alone, common_prefix, compute
+from ..states.reuse import depends_on_length
 from .scores import SCORES, Predictions
 from .tokenized import Sample
 
@@ -25,6 +32,8 @@ from .tokenized import Sample
 # cache, 256 MiB where a GPU should have enough to do.
 CHUNK_ELEMENTS = {"cpu": 2**22}
 CHUNK_ELEMENTS_ELSEWHERE = 2**26
+# Of all tokens: a shorter prefix, such as a system prompt, is not worth attention to a cache.
+LEAST_SHARED = 0.25
 # Names of scores, which the plane is made of.
 PLANE = ("error", "uncertainty")
 
@@ -42,26 +51,55 @@ def run(
     """
     # Longest first, so that a batch that does not fit in memory is the first one.
     order = sorted(range(len(samples)), key=lambda index: -len(samples[index].input_ids))
-    ordered = [samples[index] for index in order]
+    lengths = [len(samples[index].input_ids) for index in order]
     device = causal_model(model).get_input_embeddings().weight.device
     found: dict[str, list[np.ndarray]] = {name: [] for name in names}
     with torch.inference_mode(), eval_mode(model):
-        for batch in batches([len(sample.input_ids) for sample in ordered], tokens_per_batch):
+        prefix = prefix_of(model, samples, device)
+        ordered = [behind(samples[index], prefix) for index in order]
+        for batch in batches(lengths, tokens_per_batch):  # of whole samples: attention has the keys of all tokens
             members = ordered[batch.start : batch.stop]
             inputs = right_padded(members, device)
             with recording(model, inputs[2], layers if take is not None else None) as states:
-                scores = token_scores(model, *inputs, names)
+                scores = token_scores(model, *inputs, names, prefix)
             for name, values in by_sample(scores, members).items():
                 found[name] += values
             if take is not None:
-                lengths = [len(values) for values in next(iter(found.values()))[-len(members) :]]
+                tokens = [len(values) for values in next(iter(found.values()))[-len(members) :]]
                 parts = torch.stack([part[0].to(states.parts()[-1].device) for part in states.parts()])
-                for index, own in zip(order[batch.start : batch.stop], parts.split(lengths, dim=1), strict=True):
+                for index, own in zip(order[batch.start : batch.stop], parts.split(tokens, dim=1), strict=True):
                     take(index, own)
             if on_progress is not None:
                 on_progress(len(members))
     back = np.argsort(order)
     return {name: [values[index] for index in back] for name, values in found.items()}
+
+
+def prefix_of(model: nn.Module, samples: Sequence[Sample], device: torch.device) -> Cache | None:
+    """The key-value cache of the prefix that all `samples` share; none where there is none, or it cannot be reused."""
+    follower = follower_of(model)
+    network = None if follower is None else follower.host.active_network()
+    if len(samples) < 2 or is_sharded(model) or (network is not None and network.attends):
+        return None
+    try:
+        find_decoder(causal_model(model))
+    except ValueError:  # it attends in both directions, for one
+        return None
+    decoder = causal_model(model).get_decoder()
+    config = getattr(decoder, "config", None)
+    if depends_on_length(config) or not caches_keys_alone(decoder.forward, config):
+        return None
+    shared = common_prefix({"input_ids": sample.input_ids, "labels": sample.labels} for sample in samples)
+    if len(shared) * len(samples) < LEAST_SHARED * sum(len(sample.input_ids) for sample in samples):
+        return None
+    computed = compute(decoder, torch.tensor([shared], device=device), cache_name(decoder.forward)) if shared else None
+    return None if computed is None else computed[0]
+
+
+def behind(sample: Sample, prefix: Cache | None) -> Sample:
+    """What of a sample is behind the prefix."""
+    columns = 0 if prefix is None else prefix.get_seq_length()
+    return replace(sample, input_ids=sample.input_ids[columns:], labels=sample.labels[columns:])
 
 
 @contextmanager
@@ -77,8 +115,9 @@ def recording(model: nn.Module, labels: Tensor, layers: Collection[int] | None) 
 
 
 def token_scores(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, names: Sequence[str] = PLANE
-) -> dict[str, Tensor]:
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, names: Sequence[str] = PLANE,
+    prefix: Cache | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Scores of every supervised token of a right-padded batch, by name (tokens,), row after row.
 
     Args:
@@ -86,9 +125,15 @@ def token_scores(
         input_ids, attention_mask: (batch, length), int64; no mask without padding.
         labels: (batch, length), int64, -100 where a token is not supervised; the first of a row never is.
         names: Scores of tokens to compute.
+        prefix: Of tokens that every row has before these.
     """
     base = causal_model(model)
-    output = base.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    decoder, cached = base.get_decoder(), {}
+    if prefix is not None:
+        cached = {cache_name(decoder.forward): prefix}
+        if attention_mask is not None:
+            attention_mask = F.pad(attention_mask, (prefix.get_seq_length(), 0), value=1)
+    output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=prefix is not None, **cached)
     return scores_of_hidden_states(base, output, labels, names)
 
 

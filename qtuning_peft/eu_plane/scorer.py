@@ -30,6 +30,8 @@ from .table import columns_of, names_of
 from .tokenized import EncodedRow, RowError, Sample, untouched
 
 REFERENCE = "token_reference_error"
+# Columns that vision-language models would read.
+PICTURES = {"image", "images", "pixel_values"}
 
 
 @dataclass(eq=False, repr=False)
@@ -128,6 +130,9 @@ class EUScorer:
     def _encode_rows(self, rows: Mapping[str, Sequence[Any]]) -> tuple[list[EncodedRow], list[str]]:
         """Every row's tokens, and why it cannot be scored, empty if it can."""
         refuse_own(names := list(names_of(rows)))
+        config = self.engine.config
+        if config.get_text_config() is not config and (pictures := sorted(PICTURES & {*names})):
+            raise ValueError(f"Rows have pictures (column {pictures[0]}), which scoring does not read; leave them out.")
         kind = self.encoder.format_of(names)
         columns = columns_of(rows, self.encoder.known)
         encoded: list[EncodedRow] = []

@@ -52,15 +52,15 @@ class PromptPrefix:
 
     def __init__(self, input_ids: Sequence[int]) -> None:
         self.input_ids = torch.tensor(list(input_ids), dtype=torch.int64)  # (P,)
-        # For every precision that passes are made in: the cache, and the last hidden state (1, P, d).
-        self._computed: dict[Any, tuple[Cache, Tensor]] = {}
+        # For every precision that passes are made in: cache and last hidden state (1, P, d), if of use.
+        self._computed: dict[Any, tuple[Cache, Tensor] | None] = {}
 
     def begins(self, follower: Follower, inputs: Mapping[str, Any], first_read: int | None) -> bool:
         """Whether all rows of a pass that may be served begin with the prefix, and nobody reads its positions.
 
         No hidden state before column `first_read` - 1 is read; `None` if that is not known.
         """
-        if not _caches_keys_alone(follower):
+        if not caches_keys_alone(follower, getattr(follower.decoder, "config", None)):
             return False
         length, input_ids, mask = len(self.input_ids), inputs["input_ids"], inputs.get("attention_mask")
         # The last of the prefix must not be what predicts a supervised token.
@@ -70,10 +70,15 @@ class PromptPrefix:
             return False
         return bool((input_ids[:, :length] == self.input_ids.to(input_ids.device)).all())
 
-    def left_out(self, follower: Follower, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
-        """The decoder's arguments for the rest of each row, and its last hidden state for the prefix, (1, P, d)."""
+    def left_out(self, follower: Follower, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor] | None:
+        """The decoder's arguments for the rest of each row, and its last hidden state for the prefix, (1, P, d).
+
+        None where what the base keeps of the prefix is not of use.
+        """
         input_ids: Tensor = inputs["input_ids"]
-        cache, hidden_states = self._states(follower, input_ids.device)
+        if (computed := self._states(follower, input_ids.device)) is None:
+            return None
+        cache, hidden_states = computed
         given = {name: inputs.get(name) for name in ("input_ids", "position_ids")}
         rest = {name: value[:, len(self.input_ids) :] for name, value in given.items() if value is not None}
         # Some decoders read no cache where they are not to fill one.
@@ -90,25 +95,41 @@ class PromptPrefix:
         return type(output)(last_hidden_state=whole, **others)
 
     @torch.no_grad()
-    def _states(self, follower: Follower, device: torch.device) -> tuple[Cache, Tensor]:
+    def _states(self, follower: Follower, device: torch.device) -> tuple[Cache, Tensor] | None:
         autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
         place = device, autocast, next(follower.decoder.parameters()).dtype
         if place not in self._computed:
-            input_ids = self.input_ids[None].to(device)  # (1, P)
-            cache = DynamicCache()
-            output = follower.run(None, input_ids=input_ids, use_cache=True, **{cache_name(follower): cache})
-            cache = Cache(layers=[PrefixLayer(filled) for filled in cache.layers])
-            self._computed[place] = cache, output.last_hidden_state
+            run, name = partial(follower.run, None), cache_name(follower)
+            self._computed[place] = compute(run, self.input_ids[None].to(device), name)
         return self._computed[place]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"input_ids": self.input_ids, "_computed": {}}
 
 
-def _caches_keys_alone(follower: Follower) -> bool:
-    """Whether the base hands nothing from token to token but keys and values: no recurrent state, no index."""
-    kinds = {type(layer) for layer in DynamicCache(config=getattr(follower.decoder, "config", None)).layers}
-    takes_a_cache = any(name in inspect.signature(follower).parameters for name in CACHE_NAMES)
+def compute(decoder: Callable[..., Any], input_ids: Tensor, name: str) -> tuple[Cache, Tensor] | None:
+    """What `decoder` computes for a prefix `input_ids` (1, P): a cache for any batch behind it, and the last state.
+
+    Returns:
+        The cache, which `decoder` takes as the argument `name`, and the state, (1, P, d); none where blocks did not
+        run, or keep other keys than one for each token.
+    """
+    filled = DynamicCache()
+    output = decoder(input_ids=input_ids, use_cache=True, **{name: filled})
+    if not filled.layers or not all(
+        layer.is_initialized and layer.keys.shape[-2] == input_ids.shape[1] for layer in filled.layers
+    ):
+        return None
+    return Cache(layers=[PrefixLayer(layer) for layer in filled.layers]), output.last_hidden_state
+
+
+def caches_keys_alone(forward: Callable[..., Any], config: Any) -> bool:
+    """Whether a decoder hands nothing from token to token but keys and values: no recurrent state, no index."""
+    try:
+        kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    except (AttributeError, KeyError):  # a configuration of its own, or kinds of blocks that transformers does not know
+        return False
+    takes_a_cache = any(name in inspect.signature(forward).parameters for name in CACHE_NAMES)
     return takes_a_cache and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 

@@ -50,12 +50,12 @@ class Reuse:
             decoder, prefix = follower.decoder, self.prefix
             if agreed(bool(prefix or caches) and may_serve(follower, inputs), decoder, like):
                 begins = prefix is not None and prefix.begins(follower, inputs, first_column())
-                if not agreed(begins, decoder, like):
+                left_out = prefix.left_out(follower, inputs) if agreed(begins, decoder, like) and prefix else None
+                if left_out is None:
                     return self._cached(follower, inputs, caches)
-                assert prefix is not None
-                rest, hidden_states = prefix.left_out(follower, inputs)
+                rest, hidden_states = left_out
                 with behind(hidden_states.shape[1]):
-                    return prefix.put_back(hidden_states, self._cached(follower, rest, caches))
+                    return PromptPrefix.put_back(hidden_states, self._cached(follower, rest, caches))
         return follower.run(follower.host.make_listener(), *args, **kwargs)
 
     def _cached(self, follower: Follower, inputs: dict[str, Any], caches: bool) -> Any:

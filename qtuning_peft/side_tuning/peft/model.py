@@ -19,7 +19,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ...head import is_causal
+from ...head import is_causal, read_in_front
 from ...loss import chunked_cross_entropy
 from ...reading import reading_labels, reading_last
 from ..follow import Decoder, find_decoder, follower_of, stored_cross_entropy
@@ -80,6 +80,8 @@ class SideTuningModel(BaseTuner):
     def forward(self, *args: Any, chunked_loss: bool = False, **kwargs: Any) -> Any:
         """The model's own forward; with `chunked_loss` and `labels` their loss (see `loss`), without logits.
 
+        Logits are computed nevertheless where the model reads more than its decoder does, such as pictures.
+
         With stored `states` (N + 2, tokens, d) of the base and their `labels` (1 + tokens,), the loss of these tokens.
         """
         given = {name: value for name, value in kwargs.items() if value is not None}
@@ -88,11 +90,12 @@ class SideTuningModel(BaseTuner):
             items, layers = given.get("num_items_in_batch"), given.get("state_layers")
             loss = stored_cross_entropy(self.model, given["states"], given["labels"], items, layers)
             return CausalLMOutputWithPast(loss=loss)
-        if not chunked_loss or not {"input_ids", "labels"} <= given.keys() or not is_causal(self.model):
+        inputs = {name: value for name, value in given.items() if name not in NOT_THE_DECODERS}
+        chunked_loss &= {"input_ids", "labels"} <= given.keys() and is_causal(self.model)
+        if not chunked_loss or read_in_front(self.model) & inputs.keys() - {"labels"}:
             with self._reading(given):
                 return super().forward(*args, **kwargs)
-        num_items = given.pop("num_items_in_batch", None)
-        inputs = {name: value for name, value in given.items() if name not in NOT_THE_DECODERS}
+        num_items = inputs.pop("num_items_in_batch", None)
         return CausalLMOutputWithPast(loss=chunked_cross_entropy(self.model, num_items=num_items, **inputs))
 
     @contextmanager
