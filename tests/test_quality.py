@@ -23,7 +23,7 @@ if not (REPOSITORY / "benchmarks").is_dir():
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks import document, rows  # noqa: E402
-from benchmarks.quality import ablations, from_states, page, states, targets  # noqa: E402
+from benchmarks.quality import ablations, from_states, page, states, targets, train  # noqa: E402
 from benchmarks.quality.fit import Data, Rates, fit, optimizers  # noqa: E402
 from benchmarks.quality.learner import factor  # noqa: E402
 from benchmarks.quality.muon import orthogonal  # noqa: E402
@@ -115,8 +115,7 @@ def test_a_method_is_read_with_its_options_and_its_rate() -> None:
 
 @pytest.mark.parametrize("name", ["gsm8k", "sst2"])
 def test_few_shot_examples_precede_every_row_and_change_no_order(name: str, tmp_path: Path) -> None:
-    tokenizer = word_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
+    tokenizer = chat_tokenizer()
     texts = [{"question": f"w{n} " * (1 + n % 9), "answer": f"w{90 - n}"} for n in range(40)]
     sentences = [{"sentence": row["question"], "label": n % 2} for n, row in enumerate(texts)]
     for part in ("train", "dev", "test"):
@@ -134,6 +133,44 @@ def test_few_shot_examples_precede_every_row_and_change_no_order(name: str, tmp_
         for task in (plain, shown)
     ]
     assert orders[0] == orders[1]
+
+
+def chat_tokenizer() -> Any:
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
+    return tokenizer
+
+
+def test_another_base_is_another_run(tmp_path: Path) -> None:
+    """Of a folder; a run that has its row is not repeated, and the page tells the bases apart."""
+    for name in ("first", "second"):
+        tiny().save_pretrained(tmp_path / name)
+        chat_tokenizer().save_pretrained(tmp_path / name)
+    texts = [{"question": f"w{n} " * (1 + n % 9), "answer": f"w{90 - n}"} for n in range(40)]
+    for part in ("train", "test"):
+        (tmp_path / f"gsm8k_{part}.jsonl").write_text("\n".join(map(json.dumps, texts * 200)))
+    words = ["--task", "gsm8k", "--data", str(tmp_path), "--rows", "8", "--validation-rows", "4", "--test-rows", "4"]
+    words += ["--methods", "lora=1e-3", "side(four_bit=False)=1e-3"]
+    for name in ("first", "first", "second"):
+        train.main([*words, "--base", str(tmp_path / name)])
+    found = rows.read("quality")
+    assert [row["model"] for row in found] == ["first"] * 2 + ["second"] * 2
+    assert [row["validation"] for row in found[:2]] == pytest.approx([row["validation"] for row in found[2:]])
+    assert all(0 <= row["exact"] <= 1 for row in found)
+    assert [len(page.runs(tested=True, model=name)) for name in ("first", page.BASE)] == [2, 0]
+
+
+def test_kinds_of_requests_are_classes(tmp_path: Path) -> None:
+    kinds = ("open_qa", "classification", "summarization")
+    written = [
+        {"instruction": f"w{n} " * 200, "category": kinds[n % 3], "input": "", "output": ""} for n in range(2700)
+    ]
+    (tmp_path / "dolly_3k.jsonl").write_text("\n".join(map(json.dumps, written)))
+    found = load("intent", chat_tokenizer(), tmp_path, 3)
+    assert found.labels == 3
+    assert [row["labels"] for row in found.train[:3]] == [1, 0, 2]  # by name
+    assert (len(found.train), len(found.validation), len(found.test)) == (2396, 300, 4)
+    assert max(len(row["input_ids"]) for row in found.train) - found.few_shot_examples < 120
 
 
 def test_cached_states_are_the_base_and_are_read_once(
@@ -466,6 +503,7 @@ def test_a_table_of_tasks_has_those_that_both_were_measured_on(tmp_path: Path) -
         environment = {"device": device, "threads": row.pop("threads", None), **dict.fromkeys(document.VERSIONS, "1")}
         (one,) = run(method, task=task, seed=0, rows=2000, learning_rate=1e-3, test=0.9, majority=0.5, **row)
         fields = {"peak_allocated": 2**30, "environment": environment, "commit": "c", "dirty": False, "date": "2026"}
+        fields["model"] = page.BASE
         options = {"options": {"four_bit": False, "arguments": {"center_taps": True}}, "command": "train"}
         rows.append("quality", {**one, **fields, **options})
 
@@ -480,9 +518,10 @@ def test_a_table_of_tasks_has_those_that_both_were_measured_on(tmp_path: Path) -
     measured("extraction", "lora", "one")
     text = {"task": "extraction", "rows": 2000, "epochs": 3, "environment": {"device": "other"}}
     for rate, seed in ((1e-3, 0), (2e-3, 0), (2e-3, 1)):  # what was tried with one seed alone is not shown
-        losses = {of: {"loss": 0.5} for of in ("validation", "test")}
+        losses = {of: {"loss": 0.5, "exact": 0.8} for of in ("validation", "test")}
         rows.append("stored_task", {**text, "learning_rate": rate, "seed": seed, **losses})
-    line = "| extraction | 2000 x 3 | side | float32 | - | 0.002 | 2 | 0.5000 ± 0.0000 | 0.5000 ± 0.0000 |"
+    found = " | ".join(f"{value} ± 0.0000" for value in ("0.5000", "0.5000", "0.8000"))
+    line = f"| extraction | 2000 x 3 | side | float32 | - | 0.002 | 2 | {found} |"
     assert page.tasks(tmp_path).count("| extraction | 2000 x 3 ") == page.tasks(tmp_path).count(line) == 1
     assert page.runs(tested=True) == []
 

@@ -40,7 +40,7 @@ from benchmarks.step import positive
 from qtuning_peft import SideTuningConfig, model_from_states
 from qtuning_peft.head import causal_model
 
-NAME, TOGETHER, MOST_ROWS = "gains", 4, 320
+NAME, TOGETHER, SHARED_ROWS = "gains", 4, 320
 
 
 @dataclass(frozen=True)
@@ -245,16 +245,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="where GSM8K's files are")
     parser.add_argument("--base", default=FLOAT32, choices=[FLOAT32, *QUANTIZERS], metavar="BASE", help="(float32)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS], metavar="NAME")
-    parser.add_argument("--rows", type=positive, default=160, help=f"training rows, at most {MOST_ROWS} (160)")
+    parser.add_argument("--rows", type=positive, default=160, help="training rows (160)")
     parser.add_argument("--epochs", type=positive, nargs="+", default=[1, 3], help="of the rows (1 3)")
     parser.add_argument("--rates", type=float, nargs="+", help="those of the variants that are tried (all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data order and weights (0 1 2)")
     parser.add_argument("--averages", type=int, default=0, help="groups of four networks of the default (0)")
     parser.add_argument("--few-shot", type=int, default=0, help="few-shot examples before each row (0)")
     arguments = parser.parse_args()
-    if arguments.rows > MOST_ROWS:
-        parser.error(f"rows is {arguments.rows}; choose at most {MOST_ROWS}.")
-    most = MOST_ROWS if arguments.base == FLOAT32 else arguments.rows
+    # In float32 one pass is for every smaller amount.
+    most = max(SHARED_ROWS, arguments.rows) if arguments.base == FLOAT32 else arguments.rows
     parts, folder = states_of(arguments.base, arguments.few_shot, arguments.data, most)
     parts["train"].rows = parts["train"].rows[: arguments.rows]
     sets = {"base": arguments.base, "few_shot_examples": arguments.few_shot}
@@ -271,7 +270,7 @@ def main() -> None:
 
 
 def states_of(base: str, few_shot: int, data: Path, most: int) -> tuple[dict[str, Rows], Path]:
-    """States of the training rows, `most` of them, and of the validation and test rows; in float32 for every amount."""
+    """States of the training rows, `most` of them, and of the validation and test rows."""
     task = load("gsm8k", smollm2_tokenizer(), data, few_shot)
     sets = {"train": task.train[:most], "validation": task.validation[:32], "test": task.test[:60]}
     model = cache(lambda: smollm2(False)[0] if base == FLOAT32 else dense(load_named(base)))

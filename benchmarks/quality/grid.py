@@ -37,7 +37,7 @@ RATES = ((1e-3, 2e-3, 5e-4), (4e-3, 2e-4))  # the middle ones first
 SEEDS = (0, 1, 2)
 # Test rows; epochs of a side network: from the hidden-state cache, which does not pay for long rows; rows in a step.
 TASKS = {"sst2": (1800, 3, 32), "mrpc": (1700, 3, 32), "extraction": (300, 3, 32), "reward": (300, 1, 16),
-         "cola": (500, 3, 32), "rte": (270, 3, 32)}  # fmt: skip
+         "cola": (500, 3, 32), "rte": (270, 3, 32), "intent": (300, 3, 32)}  # fmt: skip
 GSM8K = (80, 320, 1280)  # rows, 8 in a step
 
 

@@ -18,7 +18,10 @@ from benchmarks import methods
 from benchmarks.common import NF4, checkpoint
 from benchmarks.quality.tasks import Batch, Task
 from benchmarks.step import seconds
+from qtuning_peft.eu_plane.batching import token_scores
+from qtuning_peft.eu_plane.scores import Predictions, token_score
 from qtuning_peft.loss import IGNORE_INDEX, chunked_cross_entropy
+from qtuning_peft.reading import reading_labels
 from qtuning_peft.states import cache_states, common_prefix, reuse_of
 from qtuning_peft.trainer import ROWS, store_in
 
@@ -35,7 +38,7 @@ def factor(step: int, steps: int, warm_up: float = WARM_UP) -> float:
 
 
 class Learner:
-    """SmolLM2-135M-Instruct, trained by one method.
+    """A base, trained by one method.
 
     Args:
         method: Of `benchmarks.methods`.
@@ -44,10 +47,12 @@ class Learner:
         steps: Steps in all, for the schedule.
         seed: Of new weights.
         epochs: With several, a side network caches the base's hidden states in the first.
-        base: To train beside; else it is loaded as the method asks.
+        base: The model to train beside, or its folder, SmolLM2-135M-Instruct's unless given: then it is loaded as the
+            method asks.
         states: Folder for a side network's cache, which later runs read; else it is in memory.
 
     Attributes:
+        exact: Of answers that are text: the share that was right at every token when last measured.
         peak: Bytes of a GPU at the peak of a step, everything in the process included; 0 on a CPU.
     """
 
@@ -65,7 +70,9 @@ class Learner:
         self.method, self.task, self.rate, self.steps = method, task, rate, steps
         self.keeps_states = method.is_side and states is not None
         self.step_number, self.clock, self.tokens, self.peak = 0, 0.0, 0, 0
-        base = load_base(task, method.four_bit, seed) if base is None else base
+        self.exact: float | None = None
+        if base is None or isinstance(base, Path):
+            base = load_base(task, method.four_bit, seed, base)
         torch.manual_seed(seed)
         self.model = methods.apply(method, base, "CAUSAL_LM" if task.labels is None else "SEQ_CLS")
         self.optimizer = methods.optimizer(method, self.model, rate)
@@ -96,13 +103,9 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _loss(self, batch: Batch, **options: Any) -> torch.Tensor:
+    def _loss(self, batch: Batch) -> torch.Tensor:
         inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        return (
-            chunked_cross_entropy(self.model, **inputs, **options)
-            if self.task.labels is None
-            else self.model(**inputs).loss
-        )
+        return chunked_cross_entropy(self.model, **inputs) if self.task.labels is None else self.model(**inputs).loss
 
     @torch.no_grad()
     def measure(self, batches: list[Batch]) -> float:
@@ -112,8 +115,7 @@ class Learner:
         is reused, as where a model is served, and so are states in a folder, which takes a pass with gradients.
         """
         if self.task.labels is None:
-            total = sum(self._loss(batch, num_items=1).item() for batch in batches)
-            return total / sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
+            return self._measure_text(batches)
         right = 0
         for batch in batches:
             inputs = {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
@@ -122,18 +124,40 @@ class Learner:
             right += int((logits.argmax(-1).cpu() == batch["labels"]).sum())
         return right / sum(len(batch["labels"]) for batch in batches)
 
+    def _measure_text(self, batches: list[Batch]) -> float:
+        errors, exact = [], []
+        for batch in batches:
+            ids, mask, labels = (batch[name].to(self.device) for name in ("input_ids", "attention_mask", "labels"))
+            with reading_labels(labels):
+                scores = token_scores(self.model, ids, mask, labels, ("error", "likeliest"))
+            errors.append(scores["error"])
+            lengths = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).tolist()
+            exact += [bool(row.all()) for row in scores["likeliest"].split(lengths)]
+        self.exact = sum(exact) / len(exact)
+        return torch.cat(errors).mean().item()
 
-def load_base(task: Task, four_bit: bool, seed: int) -> Any:
-    """The base in NF4 or float32, with a new head where the task has classes; it computes in float32, on a GPU too."""
+
+@token_score("likeliest")
+def likeliest(predictions: Predictions) -> torch.Tensor:
+    """Whether no other token is likelier: greedy generation then gives it."""
+    return (predictions.target == 0).float()
+
+
+def load_base(task: Task, four_bit: bool, seed: int, folder: Path | None = None) -> Any:
+    """The base in `folder`, or SmolLM2-135M-Instruct, in NF4 or float32, with a new head where the task has classes.
+
+    It computes in float32, on a GPU too.
+    """
+    folder = folder or checkpoint()
     options: dict[str, Any] = {"dtype": torch.float32}
     if four_bit:
         options["quantization_config"] = BitsAndBytesConfig(**NF4)
     if task.labels is None:
-        base = AutoModelForCausalLM.from_pretrained(checkpoint(), **options)
+        base = AutoModelForCausalLM.from_pretrained(folder, **options)
     else:
         torch.manual_seed(seed)
         base = AutoModelForSequenceClassification.from_pretrained(
-            checkpoint(), num_labels=task.labels, pad_token_id=task.padding, **options
+            folder, num_labels=task.labels, pad_token_id=task.padding, **options
         )
     if torch.cuda.is_available() and not four_bit:  # a quantized one is there already
         base.cuda()

@@ -19,26 +19,28 @@ from benchmarks.quality import few_shot, gains, targets, write_back_page
 from benchmarks.quality.ablations import ABLATIONS
 from benchmarks.quality.grid import TASKS
 from benchmarks.quality.targets import ACCURACY, SEEDS, Seeds
+from benchmarks.quality.train import BASE
 from benchmarks.rows import Row
 
 DOCUMENT = HERE.parent / "docs" / "quality.md"
 GRID = "python -m benchmarks.quality.grid rates seeds --data data"
 TRAIN, SEARCH = "python -m benchmarks.quality.train", "python -m benchmarks.quality.ablations"
 WHAT = ["task", "rows x epochs", "method", "base", "few-shot examples", "learning rate"]
+SECOND = "gemma-3-270m"  # of `benchmarks.gemma3`
 PEAK = "peak memory of a step, GiB"
 
 
-def runs(tested: bool, where: str = "cpu") -> list[Seeds]:
+def runs(tested: bool, where: str = "cpu", model: str = BASE) -> list[Seeds]:
     """Rows of one task, method, rate and number of rows, a row per seed: those with a test result, or those without.
 
     Those of CPUs ("cpu"), of GPUs ("gpu"), and those of CPUs whose times say nothing: from states in a folder
-    ("states"), or beside other processes ("shared").
+    ("states"), or beside other processes ("shared"). Of the base called `model`.
     """
     groups: dict[tuple[str, ...], Seeds] = {}
     for row in rows.read("quality"):
         shared = "shared" if row.get("workers", 1) > 1 else "cpu"
         own = "states" if row.get("states") else "gpu" if row["environment"]["threads"] is None else shared
-        if (row["test"] is not None) == tested and own == where:
+        if (row["test"] is not None) == tested and own == where and row["model"] == model:
             names = ("task", "rows", "epochs", "method", "few_shot_examples", "options", "learning_rate")
             group = (*(str(row.get(name, 0)) for name in names), row["environment"]["device"])
             groups.setdefault(group, []).append(row)
@@ -191,6 +193,7 @@ def ablations(images: Path) -> str:
 def tasks(images: Path) -> str:
     """Test results of the tasks that LoRA and side networks were measured on, whatever the machine."""
     groups = [group for group in runs(tested=True, where="gpu") if not group[0].get("few_shot_examples")]
+    groups += [group for group in runs(tested=True, where="shared") if group[0]["task"] in TASKS]
     groups = best(groups + runs(tested=True, where="states"))
     lines = [task_line(group) for group in groups] + stored_lines()
     both = [task for task in TASKS if {"lora", "side"} <= {line[2] for line in lines if line[0] == task}]
@@ -199,18 +202,31 @@ def tasks(images: Path) -> str:
     shown = [line for task in both for line in sorted(lines, key=lambda line: str(line[2:5])) if line[0] == task]
     verdicts = [f"{line[0]}: {line[4]}" for line in targets.of_accuracy(groups)]
     met = [f"Within 1 point of LoRA, mean of three seeds: {'; '.join(verdicts)}."] * bool(verdicts)
-    header = [*WHAT, "seeds", "validation", "test", "majority", "peak memory, GiB", "machine"]
+    header = [*WHAT, "seeds", "validation", "test", "exact", "majority", "peak memory, GiB", "machine"]
     return "\n\n".join([markdown(header, shown), *met, origin(groups)])
 
 
 def task_line(group: Seeds) -> list[object]:
     """A line of `tasks`."""
+    exact = [row["exact"] for row in group if row.get("exact") is not None]
     majority, memory = group[0]["majority"], [row["peak_allocated"] for row in group if row["peak_allocated"]]
     return [
         *what(group[0]), len(group), spread(row["validation"] for row in group), spread(row["test"] for row in group),
-        "-" if majority is None else f"{majority:.4f}", f"{max(memory) / 2**30:.2f}" if memory else "-",
-        group[0]["environment"]["device"],
+        spread(exact) if exact else "-", "-" if majority is None else f"{majority:.4f}",
+        f"{max(memory) / 2**30:.2f}" if memory else "-", group[0]["environment"]["device"],
     ]  # fmt: skip
+
+
+def second_base(images: Path) -> str:
+    """GSM8K with another base, each method at its best learning rate."""
+    groups = best([group for where in ("cpu", "shared") for group in runs(tested=True, where=where, model=SECOND)])
+    if not groups:
+        return not_measured(f"{TRAIN} --base {SECOND}")
+    lines = [
+        [*what(group[0]), len(group), *(spread(row[part] for row in group) for part in ("validation", "test"))]
+        for group in groups
+    ]
+    return f"{markdown([*WHAT, 'seeds', 'validation', 'test'], lines)}\n\n{origin(groups)}"
 
 
 def stored_lines() -> list[list[object]]:
@@ -222,8 +238,8 @@ def stored_lines() -> list[list[object]]:
     return [
         [
             task, amount, "side", "float32", "-", rate, len(group),
-            *(spread(row[part]["loss"] for row in group) for part in ("validation", "test")), "-", "-",
-            group[0]["environment"]["device"],
+            *(spread(row[part]["loss"] for row in group) for part in ("validation", "test")),
+            spread(row["test"]["exact"] for row in group), "-", "-", group[0]["environment"]["device"],
         ]
         for (task, amount, rate), group in groups.items()
         if len(group) == max(len(other) for (own, *_), other in groups.items() if own == task)
@@ -239,7 +255,7 @@ def target_table(images: Path) -> str:
 TABLES: Tables = {
     "summary": summary, "targets": target_table, "results": results, "rates": rates, "ablations": ablations,
     "tasks": tasks, "steps": write_back_page.steps, "write-back": write_back_page.write_back,
-    "gains": gains.table, "few-shot": few_shot.table,
+    "second-base": second_base, "gains": gains.table, "few-shot": few_shot.table,
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from benchmarks.document import markdown
 from benchmarks.rows import Row
 
 LORA = ("lora", "lora-r8", "qlora")
-ACCURACY = ("sst2", "rte", "mrpc", "cola", "reward")  # tasks whose measure is accuracy: higher is better
+ACCURACY = ("sst2", "rte", "mrpc", "cola", "reward", "intent")  # tasks whose measure is accuracy: higher is better
 SEEDS = 3  # fewer decide nothing about an accuracy
 Seeds = list[Row]
 

@@ -10,10 +10,11 @@
 | `mrpc`       | train, but 400            | 400 of them          | test               | accuracy       |
 | `cola`       | train, but 400            | 400 of them          | in-domain dev      | accuracy       |
 | `reward`     | 1,055 questions           | 132 questions        | 132 questions      | accuracy       |
+| `intent`     | Dolly 0 to 2,395          | 2,396 to 2,695       | 2,696 to 2,995     | accuracy       |
 
 Files are read from a folder (`gsm8k_train.jsonl` with `question` and `answer`, `dolly_3k.jsonl` with `instruction`,
-`input` and `output`, `sst2_sentence_*.jsonl` and `cola_in_domain_*.jsonl` with `sentence` and `label`, `rte_*.jsonl`
-with `premise`, `hypothesis` and `label`, `mrpc_*.jsonl` with `sentence1`, `sentence2` and `label`,
+`input`, `output` and `category`, `sst2_sentence_*.jsonl` and `cola_in_domain_*.jsonl` with `sentence` and `label`,
+`rte_*.jsonl` with `premise`, `hypothesis` and `label`, `mrpc_*.jsonl` with `sentence1`, `sentence2` and `label`,
 `gsm8k_model_solutions.jsonl` with `question`, `solution` and `is_correct`): the licences of some do not let them be
 copied here. `extraction` is the demo's task, whose sets share no names and no phrases.
 """
@@ -28,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from examples.json_extraction.messages import draw_rows
+
+INSTRUCTION = 300  # characters of an instruction that its kind is told from
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,19 @@ def _dolly(folder: Path | None) -> Texts:
         for row in _read(folder, "dolly_3k.jsonl")
     ]
     return Texts(rows[:2396], rows[2396:2696], rows[2696:2996])
+
+
+def _intent(folder: Path | None) -> Texts:
+    """Which of eight kinds of request an instruction is, from its first sentences alone."""
+    found = _read(folder, "dolly_3k.jsonl")
+    kinds = tuple(sorted({row["category"] for row in found}))
+    rows = [
+        _classified(
+            f"What kind of request is this?\n\n{row['instruction'][:INSTRUCTION]}", kinds, kinds.index(row["category"])
+        )
+        for row in found
+    ]
+    return Texts(rows[:2396], rows[2396:2696], rows[2696:], labels=len(kinds))
 
 
 def _extraction(folder: Path | None) -> Texts:
@@ -166,5 +182,5 @@ def _classified(question: str, answers: tuple[str, ...], label: Any) -> dict[str
 
 TASKS: dict[str, Callable[[Path | None], Texts]] = {
     "gsm8k": _gsm8k, "dolly": _dolly, "extraction": _extraction, "sst2": _sst2, "rte": _rte, "mrpc": _mrpc,
-    "cola": _cola, "reward": _reward,
+    "cola": _cola, "reward": _reward, "intent": _intent,
 }  # fmt: skip

@@ -2,10 +2,11 @@
 
     python -m benchmarks.quality.train --task gsm8k --data FOLDER --methods side=2e-3 lora=5e-4 --rows 400
 
-SmolLM2-135M-Instruct. Methods take their steps in turn. A method may have its own configuration, as in
-`side(reduction_factor=4,downsample=linear)=2e-3`, a base in float32, as in `side(four_bit=False)`, and few-shot
-examples before every row, as in `side(few_shot_examples=4)`. Rows go to `results/quality.jsonl`, each with its whole
-curve. A run whose row is there already, from such a machine, is not repeated, so that a stopped command resumes.
+SmolLM2-135M-Instruct, or the base in another folder. Methods take their steps in turn. A method may have its own
+configuration, as in `side(reduction_factor=4,downsample=linear)=2e-3`, a base in float32, as in `side(four_bit=False)`,
+and few-shot examples before every row, as in `side(few_shot_examples=4)`. Rows go to `results/quality.jsonl`, each with
+its whole curve. A run whose row is there already, from such a machine, is not repeated, so that a stopped command
+resumes.
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 from benchmarks import methods, rows
-from benchmarks.common import environment, smollm2_tokenizer
+from benchmarks.common import checkpoint, environment
 from benchmarks.quality.learner import Learner
 from benchmarks.quality.tasks import Task, load
 from benchmarks.quality.texts import TASKS
 from benchmarks.step import positive
 
 NAME = "quality"
+BASE = "SmolLM2-135M-Instruct"
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,25 @@ def _value(text: str) -> Any:
 
 def key(row: rows.Row) -> str:
     """What identifies a run, beside the machine."""
-    names = ("task", "method", "options", "learning_rate", "few_shot_examples", "seed", "rows", "epochs", "batch")
+    names = (
+        "task",
+        "model",
+        "method",
+        "options",
+        "learning_rate",
+        "few_shot_examples",
+        "seed",
+        "rows",
+        "epochs",
+        "batch",
+    )
     return json.dumps({name: row.get(name, 0) for name in names}, sort_keys=True)
 
 
 def run_of(entrant: Entrant, seed: int, arguments: argparse.Namespace) -> rows.Row:
     """What a run's row says before it has run."""
     return {
-        "task": arguments.task, "model": "SmolLM2-135M-Instruct", "method": entrant.method.name,
+        "task": arguments.task, "model": arguments.base.name if arguments.base else BASE, "method": entrant.method.name,
         "options": entrant.method.options(), "learning_rate": entrant.rate,
         "few_shot_examples": entrant.few_shot_examples, "seed": seed, "rows": arguments.rows,
         "epochs": arguments.epochs, "batch": arguments.batch, "validation_rows": arguments.validation_rows,
@@ -96,9 +110,9 @@ def is_done(run: rows.Row, workers: int) -> bool:
 
 
 @cache
-def read(name: str, folder: Path | None, few_shot_examples: int, most: int) -> Task:
-    """The task, once for several runs in one process."""
-    return load(name, smollm2_tokenizer(), folder, few_shot_examples, most)
+def read(name: str, folder: Path | None, few_shot_examples: int, most: int, base: Path | None) -> Task:
+    """The task in the tokens of `base`, once for several runs in one process."""
+    return load(name, AutoTokenizer.from_pretrained(base or checkpoint()), folder, few_shot_examples, most)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -106,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--task", choices=TASKS, required=True)
     result.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="where the tasks' files are")
+    result.add_argument("--base", type=Path, metavar="FOLDER", help=f"a model with a chat template ({BASE})")
     result.add_argument("--methods", nargs="+", required=True, metavar="METHOD", help="NAME(FIELD=VALUE,...)=RATE")
     result.add_argument("--rows", type=positive, default=400, help="training rows (400)")
     result.add_argument("--epochs", type=float, default=1, help="how often they are read (1)")
@@ -129,7 +144,7 @@ def main(words: list[str] | None = None) -> None:
         sizes = {"rows": "train", "validation_rows": "validation", "test_rows": "test"}
         most = max(getattr(arguments, name) or 0 for name in sizes)
         numbers = {entrant.few_shot_examples for entrant in wanted}
-        tasks = {number: read(arguments.task, arguments.data, number, most) for number in numbers}
+        tasks = {number: read(arguments.task, arguments.data, number, most, arguments.base) for number in numbers}
         for name, part in sizes.items():
             found = len(getattr(tasks[max(numbers)], part))
             if (getattr(arguments, name) or 0) > found:
@@ -154,7 +169,7 @@ def train(tasks: dict[int, Task], wanted: list[Entrant], seed: int, arguments: a
         return
     learners = [
         (run, Learner(entrant.method, tasks[entrant.few_shot_examples], entrant.rate, steps, seed, arguments.epochs,
-                      states=arguments.states))
+                      arguments.base, states=arguments.states))
         for run, entrant in left
     ]  # fmt: skip
     source = rows.provenance()
@@ -186,6 +201,7 @@ def train(tasks: dict[int, Task], wanted: list[Entrant], seed: int, arguments: a
                 # Several share the process, and its memory.
                 "peak_allocated": learner.peak if len(learners) == 1 and learner.peak else None,
                 "curve": curve, "validation": curve[-1][-1], "test": test,
+                "exact": learner.exact if arguments.test_rows else None,
                 "majority": majority(learner.task, arguments.test_rows), **source,
             },
         )  # fmt: skip

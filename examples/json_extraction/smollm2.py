@@ -39,12 +39,21 @@ def prepare_checkpoint(folder: Path) -> Path:
     """
     folder = folder.absolute()
     if not (folder / "config.json").is_file():
-        source = gguf_folder()
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
-        # De-quantized weights are saved as what they now are.
-        del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized = None, False
-        with replacing(folder) as unfinished:
-            model.save_pretrained(unfinished)
-            AutoTokenizer.from_pretrained(source, gguf_file=FILE).save_pretrained(unfinished)
+        save_dequantized(gguf_folder(), FILE, folder)
     return folder
+
+
+def save_dequantized(source: Path, file: str, folder: Path, **tokenizer: str) -> None:
+    """Write the model in the GGUF `file` of the folder `source` to `folder`, as float32 safetensors.
+
+    Args:
+        folder: Where to write; appears only when it is complete.
+        **tokenizer: Attributes of the tokenizer to set, such as `chat_template`.
+    """
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    # De-quantized weights are saved as what they now are.
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    with replacing(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        AutoTokenizer.from_pretrained(source, gguf_file=file, **tokenizer).save_pretrained(unfinished)
