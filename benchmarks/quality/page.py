@@ -72,14 +72,15 @@ def what(row: Row) -> list[object]:
 
 
 def best(groups: list[Seeds]) -> list[Seeds]:
-    """Of every method on a task, with as many rows and examples: its best learning rate on the validation rows.
+    """Of every method on a task and machine, with as many rows and examples: its best rate on the validation rows.
 
     A run without centers is left out where there is one with them.
     """
     rates: dict[tuple[object, ...], list[Seeds]] = {}
     for group in groups:
         task, amount, _, precision, examples, _ = what(group[0])
-        rates.setdefault((task, amount, group[0]["method"], precision, examples), []).append(group)
+        machine = group[0]["environment"]["device"]
+        rates.setdefault((task, amount, group[0]["method"], precision, examples, machine), []).append(group)
     result = []
     for found in rates.values():
         result.append(targets.chosen([group for group in found if not uncentered(group[0])] or found))
@@ -161,7 +162,7 @@ def plots(images: Path, groups: list[Seeds], memory: dict[str, float]) -> list[s
 
 def rates(images: Path) -> str:
     """Learning rates that were tried; not their times, as other work may run beside such a search."""
-    groups = runs(tested=False) + runs(tested=False, where="states")
+    groups = [group for where in ("cpu", "shared", "states") for group in runs(tested=False, where=where)]
     groups = [group for group in groups if group[0]["validation_rows"] >= 32]  # others were run for their times
     if not groups:
         return not_measured(TRAIN)
