@@ -348,6 +348,7 @@ def run(method: str, **row: object) -> list[dict]:
     given = {
         "task": "gsm8k", "rows": 80, "epochs": 1, "few_shot_examples": 0, "method": method, "validation": 1.0,
         "test": 1.0, "test_rows": 300, "seconds": 100.0, "options": {"four_bit": False},
+        "environment": {"device": "one"},
     }  # fmt: skip
     return [{**given, **row}]
 
