@@ -9,6 +9,7 @@ head as a function of hidden states never needs those of a whole batch.
 import inspect
 from collections.abc import Callable
 from copy import copy
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,8 +44,12 @@ def is_causal(model: nn.Module) -> bool:
 
 def read_in_front(base: Any) -> set[str]:
     """Names of arguments that the model reads in front of its decoder, which does not know them: pictures, for one."""
-    own, decoders = (set(inspect.signature(module.forward).parameters) for module in (base, base.get_decoder()))
-    return own - decoders
+    return _arguments(base.__class__) - _arguments(base.get_decoder().__class__)
+
+
+@cache  # asked in every training step
+def _arguments(kind: type[nn.Module]) -> set[str]:
+    return set(inspect.signature(kind.forward).parameters)
 
 
 def positions_at_once(base: Any, elements: int) -> int:

@@ -144,8 +144,7 @@ def test_every_number_of_its_results_stands_in_a_table_of_a_page() -> None:
     numbers = {float(number) for number in re.findall(r"\d+\.\d+|\d+", measured)}
     for text in claimed:
         decimals = len(text.partition(".")[2])
-        # A table's number has been rounded before.
-        assert any(abs(number - float(text)) < 0.51 * 10**-decimals for number in numbers), text
+        assert any(round(number, decimals) == float(text) for number in numbers), text
 
 
 def tables(page: Path) -> list[str]:

@@ -77,15 +77,15 @@ def run(
 
 def prefix_of(model: nn.Module, samples: Sequence[Sample], device: torch.device) -> Cache | None:
     """The key-value cache of the prefix that all `samples` share; none where there is none, or it cannot be reused."""
-    follower = follower_of(model)
+    base, follower = causal_model(model), follower_of(model)
     network = None if follower is None else follower.host.active_network()
     if len(samples) < 2 or is_sharded(model) or (network is not None and network.attends):
         return None
     try:
-        find_decoder(causal_model(model))
+        find_decoder(base)
     except ValueError:  # it attends in both directions, for one
         return None
-    decoder = causal_model(model).get_decoder()
+    decoder = base.get_decoder()
     config = getattr(decoder, "config", None)
     if depends_on_length(config) or not caches_keys_alone(decoder.forward, config):
         return None
